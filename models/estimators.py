@@ -1,0 +1,227 @@
+"""Estimators of mutual information on a pair table, as losses in nats to minimise.
+
+Each estimator is split in two so that it is exact on any number of workers: `rows` reduces the local
+rows of a table to a few numbers per row, `reduce` makes the loss out of the rows of all workers. Only
+the small row values are gathered between the two, and neither asks how many workers there are.
+
+Objectives are unscaled means over queries, so weights are comparable across methods; factors to the
+authors' losses are stated where they differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.pair_table import PairTable
+from models.softclip import kl_rows, symmetric_kl_rows
+
+
+class Estimator(Protocol):
+    """What a recipe's estimator slot must offer."""
+
+    def rows(self, table: PairTable) -> Tensor:
+        """Values per query, [Q, K]."""
+        ...
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        """Loss from the rows of every worker, [N, K] -> scalar."""
+        ...
+
+
+def _need_negatives(table: PairTable) -> None:
+    if table.scores.shape[1] < 2:
+        raise ValueError(
+            f"a contrastive table needs at least 2 candidates, got {table.scores.shape[1]}; "
+            "raise the global batch size"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoNCE:
+    """Cross-entropy of the candidates' softmax (InfoNCE; the CLIP loss takes both directions).
+
+    With soft targets the loss is their cross-entropy, whose gradient is that of the divergence.
+    Source: CLIP, arXiv 2103.00020; CPC, arXiv 1807.03748.
+    """
+
+    kind: Literal["ce"] = "ce"
+
+    def rows(self, table: PairTable) -> Tensor:
+        _need_negatives(table)
+        log_normaliser = table.masked_scores().logsumexp(1)
+        if table.log_targets is None:
+            return (log_normaliser - table.positive_scores)[:, None]
+        expected = (table.log_targets.exp() * table.scores).sum(1)
+        return (log_normaliser - expected)[:, None]
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        return rows[:, 0].mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftKL:
+    """Divergence of the candidates' softmax p from soft targets y, KL(y || p), or its symmetric mean.
+
+    Source: SoftCLIP, arXiv 2303.17561 (form of the divergence not stated there; both offered).
+    """
+
+    kind: Literal["kl"] = "kl"
+    direction: Literal["forward", "symmetric"] = "forward"
+
+    def rows(self, table: PairTable) -> Tensor:
+        _need_negatives(table)
+        if table.log_targets is None:
+            raise ValueError("estimator 'kl' needs soft targets; set targets.kind=soft or use estimator 'ce'")
+        log_targets = table.log_targets
+        if table.is_valid is not None:
+            valid = table.is_valid | table.is_positive
+            log_targets = log_targets.masked_fill(~valid, -torch.inf).log_softmax(1)
+        return _divergence(self.direction, log_targets, table.masked_scores())
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        return rows[:, 0].mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationKL:
+    """Divergence among the negatives only: both distributions without the own pair, renormalised.
+
+    Its gradient on the negatives sums to zero: it re-ranks them and never moves the positive.
+    Source: SoftCLIP, arXiv 2303.17561 (disentangled negatives).
+    """
+
+    kind: Literal["relation_kl"] = "relation_kl"
+    direction: Literal["forward", "symmetric"] = "forward"
+
+    def rows(self, table: PairTable) -> Tensor:
+        _need_negatives(table)
+        if table.log_targets is None:
+            raise ValueError("estimator 'relation_kl' needs soft targets; set targets.kind=soft")
+        is_negative = table.is_negative
+        log_q = table.log_targets.masked_fill(~is_negative, -torch.inf).log_softmax(1)
+        return _divergence(self.direction, log_q, table.scores.masked_fill(~is_negative, -torch.inf))
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        return rows[:, 0].mean()
+
+
+def _divergence(direction: str, log_targets: Tensor, scores: Tensor) -> Tensor:
+    """Divergence per row, [Q, 1], between targets and the softmax of scores."""
+    rows = kl_rows if direction == "forward" else symmetric_kl_rows
+    return rows(log_targets, scores)[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoLOOB:
+    """InfoLOOB: InfoNCE with the positive left out of its own denominator.
+
+    Source: CLOOB, arXiv 2110.11316. The authors' code sums both directions and multiplies by the
+    temperature: their loss is 2 * temperature times the mean of our two directions.
+    """
+
+    kind: Literal["loob"] = "loob"
+
+    def rows(self, table: PairTable) -> Tensor:
+        _need_negatives(table)
+        # Masked, not subtracted: exp(lse) - exp(positive) loses every digit once the positive dominates.
+        negatives = table.scores.masked_fill(~table.is_negative, -torch.inf)
+        return (negatives.logsumexp(1) - table.positive_scores)[:, None]
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        return rows[:, 0].mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class JensenShannon:
+    """Jensen-Shannon bound: mean softplus(-positive) + mean softplus(negative).
+
+    Means run over all pairs of the global table, so sums and counts are gathered. The constant
+    2 log 2 of the Deep InfoMax code is left out.
+    Source: Deep InfoMax, arXiv 1808.06670; CLIP-Lite, arXiv 2112.07133.
+    """
+
+    kind: Literal["jsd"] = "jsd"
+
+    def rows(self, table: PairTable) -> Tensor:
+        _need_negatives(table)
+        negative = table.is_negative
+        # softplus, not log(sigmoid): the latter is -inf in float32 from a score of about 104.
+        repelled = F.softplus(table.scores).masked_fill(~negative, 0.0).sum(1)
+        return torch.stack([F.softplus(-table.positive_scores), repelled, negative.sum(1).to(repelled)], 1)
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        attracted, repelled, count = rows.unbind(1)
+        return attracted.mean() + repelled.sum() / count.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DonskerVaradhan:
+    """Donsker-Varadhan bound: log mean exp(negative) - mean positive, over the whole table.
+
+    One log-mean-exp over the negatives of all workers; a mean of per-worker losses would be another,
+    more biased, objective. Not a bound at a finite batch.
+    Source: Deep InfoMax, arXiv 1808.06670; Liao et al., arXiv 2103.04537.
+    """
+
+    kind: Literal["dv"] = "dv"
+
+    def rows(self, table: PairTable) -> Tensor:
+        _need_negatives(table)
+        negative = table.is_negative
+        marginal = table.scores.masked_fill(~negative, -torch.inf).logsumexp(1)
+        return torch.stack([table.positive_scores, marginal, negative.sum(1).to(marginal)], 1)
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        positive, marginal, count = rows.unbind(1)
+        return marginal.logsumexp(0) - count.sum().log() - positive.mean()
+
+
+def info_nce(logits: Tensor) -> Tensor:
+    """InfoNCE of a square table, rows as queries.
+
+    Args:
+        logits: similarity / temperature, [B, B]; row i and column i are a pair.
+
+    Returns:
+        Scalar in nats; log(B) when all similarities are equal.
+
+    Raises:
+        ValueError: B < 2, which leaves no negatives.
+    """
+    return _estimate(InfoNCE(), logits)
+
+
+def info_loob(logits: Tensor) -> Tensor:
+    """InfoLOOB of a square table, rows as queries; see `InfoLOOB`.
+
+    Returns:
+        Scalar in nats; log(B - 1) when all similarities are equal.
+
+    Raises:
+        ValueError: B < 2, which leaves no negatives.
+    """
+    return _estimate(InfoLOOB(), logits)
+
+
+def jensen_shannon(logits: Tensor) -> Tensor:
+    """Jensen-Shannon loss of a square table; 2 log 2 when all scores are 0. See `JensenShannon`."""
+    return _estimate(JensenShannon(), logits)
+
+
+def donsker_varadhan(logits: Tensor) -> Tensor:
+    """Donsker-Varadhan loss of a square table; 0 when all scores are equal. See `DonskerVaradhan`."""
+    return _estimate(DonskerVaradhan(), logits)
+
+
+def symmetric(estimator: Estimator, logits: Tensor) -> Tensor:
+    """Mean of an estimator over both directions of a square table, e.g. the CLIP loss for InfoNCE."""
+    return 0.5 * (_estimate(estimator, logits) + _estimate(estimator, logits.T))
+
+
+def _estimate(estimator: Estimator, logits: Tensor) -> Tensor:
+    return estimator.reduce(estimator.rows(PairTable.square(logits)))

@@ -1,0 +1,42 @@
+"""Retrieval from a modern Hopfield network: one attention step over the stored batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hopfield_retrieval(state: Tensor, stored: Tensor, *, beta: float | Tensor) -> Tensor:
+    """Replace each state by the average of the stored patterns it resembles, and renormalise.
+
+    Args:
+        state: unit rows, [Q, D].
+        stored: unit rows that are keys and values at once, [M, D]; the global batch, the query's own
+            embedding included.
+        beta: inverse temperature of the association, > 0. Its effect depends on M: the query's own
+            share is about e^beta / (e^beta + M - 1).
+
+    Returns:
+        Unit rows, [Q, D]. Gradients flow through states and stored patterns.
+
+    Raises:
+        ValueError: beta <= 0, where every retrieval is the same mean vector and nothing is learnt.
+
+    Source: CLOOB, arXiv 2110.11316, one update step without projections; the renormalisation is in the
+        authors' code.
+    """
+    if not isinstance(beta, Tensor) and beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    association_QM = torch.softmax(beta * state @ stored.T, dim=1)
+    return F.normalize(association_QM @ stored, dim=1)
+
+
+def effective_patterns(state: Tensor, stored: Tensor, *, beta: float) -> Tensor:
+    """Number of stored patterns a retrieval averages: exp of the association's mean entropy, scalar.
+
+    1 means the query retrieves itself, M that it retrieves the mean of everything. To be logged
+    whenever the global batch changes, since beta means something else then.
+    """
+    association_QM = torch.softmax(beta * state @ stored.T, dim=1)
+    return torch.special.entr(association_QM).sum(1).mean().exp()
