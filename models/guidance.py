@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.targets import mean_unit_tokens
-
 # Q queries, C candidates, L labels, B images, P patches, K chosen patches, D width
 
 
@@ -71,6 +69,11 @@ def top_patches(scores_BP: Tensor, count: int) -> Tensor:
 
 def _chosen_tokens(tokens_BPD: Tensor, chosen_BK: Tensor) -> Tensor:
     return tokens_BPD.gather(1, chosen_BK[:, :, None].expand(-1, -1, tokens_BPD.shape[2]))
+
+
+def mean_unit_tokens(tokens_BKD: Tensor) -> Tensor:
+    """Unit mean of unit tokens, [B, K, D] -> [B, D]."""
+    return F.normalize(F.normalize(tokens_BKD, dim=-1).mean(dim=1), dim=-1)
 
 
 def mean_patch_guidance(tokens_BPD: Tensor, chosen_BK: Tensor) -> Tensor:

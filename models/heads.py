@@ -1,104 +1,111 @@
 """Auxiliary heads on the vision feature: SimCLR between views, BYOL against the EMA teacher."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.gather import Gather, SingleProcess, own_columns
+
 # B rows of this worker, N rows of all workers, D width
 
 Norm = Literal["layer", "batch"]
 
 
-def mlp_head(widths: Sequence[int], *, norm: Norm = "layer", bias: bool = True) -> nn.Sequential:
-    """Linear layers with normalisation and ReLU between them, none after the last.
+class Projector(nn.Sequential):
+    """Linear layers with normalisation and ReLU between them, none after the last."""
 
-    Args:
-        widths: input, hidden ..., output width; at least an input and an output.
-        norm: "layer", or "batch" as published. BatchNorm sees only this worker's rows, so gradients depend
-            on the number of workers, and it refuses a single row.
-        bias: whether the linear layers have one.
+    def __init__(
+        self,
+        width: int,
+        *,
+        hidden: int,
+        out: int,
+        num_layers: int = 2,
+        norm: Norm = "layer",
+        bias: bool = False,
+    ) -> None:
+        """Two layers without biases are BYOL's projector in A-CLIP, arXiv 2212.08653 (768-4096-256).
 
-    Raises:
-        ValueError: fewer than two widths, a width < 1, or an unknown norm.
-    """
-    if len(widths) < 2 or min(widths) < 1:
-        raise ValueError(f"a head needs an input and an output width, all >= 1, got {list(widths)}")
-    if norm not in ("layer", "batch"):
-        raise ValueError(f"norm must be 'layer' or 'batch', got {norm!r}")
-    layers: list[nn.Module] = []
-    for width_in, width_out in zip(widths[:-2], widths[1:-1], strict=True):
-        normalise = nn.LayerNorm(width_out) if norm == "layer" else nn.BatchNorm1d(width_out)
-        layers += [nn.Linear(width_in, width_out, bias=bias), normalise, nn.ReLU()]
-    layers.append(nn.Linear(widths[-2], widths[-1], bias=bias))
-    return nn.Sequential(*layers)
+        Args:
+            width: of the input.
+            hidden: width of all inner layers.
+            out: width of the output.
+            num_layers: linear layers, >= 2.
+            norm: "layer", or "batch" as published. BatchNorm sees only this worker's rows, so gradients
+                depend on the number of workers, and it refuses a single row.
+            bias: whether the linear layers have one.
+
+        Raises:
+            ValueError: a width < 1, fewer than two layers, or an unknown norm.
+        """
+        if min(width, hidden, out) < 1:
+            raise ValueError(f"head widths must be >= 1, got {width}, {hidden} and {out}")
+        if num_layers < 2:
+            raise ValueError(f"a head needs num_layers >= 2, got {num_layers}")
+        if norm not in ("layer", "batch"):
+            raise ValueError(f"norm must be 'layer' or 'batch', got {norm!r}")
+        layers: list[nn.Module] = []
+        for number in range(num_layers - 1):
+            normalise = nn.LayerNorm(hidden) if norm == "layer" else nn.BatchNorm1d(hidden)
+            layers += [nn.Linear(hidden if number else width, hidden, bias=bias), normalise, nn.ReLU()]
+        super().__init__(*layers, nn.Linear(hidden, out, bias=bias))
 
 
-def simclr_projector(width: int, hidden_width: int, out_width: int, *, norm: Norm = "layer") -> nn.Sequential:
-    """Three linear layers with biases. SLIP, arXiv 2112.12750: 768-4096-4096-256, BatchNorm."""
-    return mlp_head([width, hidden_width, hidden_width, out_width], norm=norm)
+class SimCLRProjector(Projector):
+    """Three layers with biases, as in SLIP, arXiv 2112.12750 (768-4096-4096-256)."""
+
+    def __init__(self, width: int, *, hidden: int, out: int, norm: Norm = "layer") -> None:
+        super().__init__(width, hidden=hidden, out=out, num_layers=3, norm=norm, bias=True)
 
 
-def byol_projector(width: int, hidden_width: int, out_width: int, *, norm: Norm = "layer") -> nn.Sequential:
-    """Two linear layers without biases. A-CLIP, arXiv 2212.08653: 768-4096-256, BatchNorm."""
-    return mlp_head([width, hidden_width, out_width], norm=norm, bias=False)
+class Predictor(Projector):
+    """BYOL's predictor: two layers without biases back to the input width (256-4096-256)."""
+
+    def __init__(self, width: int, *, hidden: int, norm: Norm = "layer") -> None:
+        super().__init__(width, hidden=hidden, out=width, norm=norm)
 
 
-def byol_predictor(width: int, hidden_width: int, *, norm: Norm = "layer") -> nn.Sequential:
-    """Two linear layers without biases back to `width`. A-CLIP, arXiv 2212.08653: 256-4096-256."""
-    return mlp_head([width, hidden_width, width], norm=norm, bias=False)
-
-
-def simclr_loss(
-    a_BD: Tensor,
-    b_BD: Tensor,
-    *,
-    temperature: float = 0.1,
-    all_a_ND: Tensor | None = None,
-    all_b_ND: Tensor | None = None,
-    row_offset: int = 0,
-) -> Tensor:
+def simclr_rows(a_BD: Tensor, b_BD: Tensor, *, gather: Gather, temperature: float = 0.1) -> Tensor:
     """SimCLR between two views: each row finds its other view among all rows of both views but itself.
-
-    The mean over workers of the local losses is the loss of the global batch, and with a gather that
-    carries gradients so is the gradient.
 
     Args:
         a_BD: projections of view 1 on this worker; brought to unit length here.
         b_BD: projections of view 2. Passing `a_BD` twice is what A-CLIP's release does (a weak uniformity
             penalty on view 1); the paper means two views.
+        gather: collects the other workers' rows; every worker must hold B rows.
         temperature: of the cosines, > 0.
-        all_a_ND: projections of view 1 of all workers; None means `a_BD`.
-        all_b_ND: projections of view 2 of all workers; None means `b_BD`.
-        row_offset: row of `all_a_ND` and `all_b_ND` at which this worker's rows start.
 
     Returns:
-        Scalar in nats, mean over local rows and both views; log(2N - 1) when all projections are equal.
+        [B] in nats, mean over both views; log(2N - 1) when all projections are equal. The mean over the
+        rows of all workers is the loss of the global batch.
 
     Raises:
-        ValueError: temperature <= 0, shapes that do not fit, or a global batch of one pair.
+        ValueError: temperature <= 0, views of different shapes, or a global batch of one pair.
 
     Source: SimCLR, arXiv 2002.05709, as in SLIP, arXiv 2112.12750.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    all_a, all_b = a_BD if all_a_ND is None else all_a_ND, b_BD if all_b_ND is None else all_b_ND
-    if a_BD.shape != b_BD.shape or all_a.shape != all_b.shape:
+    if a_BD.shape != b_BD.shape:
         raise ValueError(f"views must have equal shapes, got {tuple(a_BD.shape)} and {tuple(b_BD.shape)}")
-    if len(all_a) < 2:
-        raise ValueError(f"SimCLR needs a global batch of at least 2 pairs, got {len(all_a)}")
-    if not 0 <= row_offset <= len(all_a) - len(a_BD):
-        raise ValueError(f"rows {row_offset}..{row_offset + len(a_BD) - 1} lie outside {len(all_a)} rows")
-    a, b, all_a, all_b = (F.normalize(x, dim=1) for x in (a_BD, b_BD, all_a, all_b))
-    own_B = torch.arange(len(a), device=a.device) + row_offset
-    rows_a = _simclr_rows(a, all_same=all_a, all_other=all_b, own_B=own_B, temperature=temperature)
-    rows_b = _simclr_rows(b, all_same=all_b, all_other=all_a, own_B=own_B, temperature=temperature)
-    return 0.5 * (rows_a + rows_b).mean()
+    if len(a_BD) * gather.world < 2:
+        raise ValueError(f"SimCLR needs a global batch of at least 2 pairs, got {len(a_BD)}")
+    a, b = F.normalize(a_BD, dim=1), F.normalize(b_BD, dim=1)
+    all_a, all_b = gather(a), gather(b)
+    own_B = own_columns(gather, len(a), a.device)
+    rows_a = _one_view_rows(a, all_same=all_a, all_other=all_b, own_B=own_B, temperature=temperature)
+    rows_b = _one_view_rows(b, all_same=all_b, all_other=all_a, own_B=own_B, temperature=temperature)
+    return 0.5 * (rows_a + rows_b)
 
 
-def _simclr_rows(
+def simclr_loss(a_BD: Tensor, b_BD: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """Mean of `simclr_rows` in one process, scalar in nats."""
+    return simclr_rows(a_BD, b_BD, gather=SingleProcess(), temperature=temperature).mean()
+
+
+def _one_view_rows(
     anchor: Tensor, *, all_same: Tensor, all_other: Tensor, own_B: Tensor, temperature: float
 ) -> Tensor:
     to_other_BN = anchor @ all_other.T / temperature
@@ -114,7 +121,8 @@ def byol_rows(prediction_BD: Tensor, target_BD: Tensor) -> Tensor:
     """
     if prediction_BD.shape != target_BD.shape:
         raise ValueError(
-            f"prediction {tuple(prediction_BD.shape)} and target {tuple(target_BD.shape)} must have equal shapes"
+            f"prediction and target must have equal shapes, got {tuple(prediction_BD.shape)} "
+            f"and {tuple(target_BD.shape)}"
         )
     prediction, target = F.normalize(prediction_BD, dim=-1), F.normalize(target_BD, dim=-1)
     return 2.0 - 2.0 * (prediction * target).sum(dim=-1)

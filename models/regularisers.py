@@ -22,7 +22,8 @@ def matched_similarities(words_BTD: Tensor, patches_BPD: Tensor) -> Tensor:
     """
     if words_BTD.shape[0] != patches_BPD.shape[0] or words_BTD.shape[-1] != patches_BPD.shape[-1]:
         raise ValueError(
-            f"words {tuple(words_BTD.shape)} and patches {tuple(patches_BPD.shape)} must agree in pairs and width"
+            f"words {tuple(words_BTD.shape)} and patches {tuple(patches_BPD.shape)} "
+            "must agree in pairs and width"
         )
     words, patches = F.normalize(words_BTD, dim=-1), F.normalize(patches_BPD, dim=-1)
     return torch.einsum("btd,bpd->btp", words, patches)

@@ -1,4 +1,4 @@
-"""KL losses against soft target rows, and the whole SoftCLIP objective of one process."""
+"""The whole SoftCLIP objective of one process, for parity tests and for use outside a recipe."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,53 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.targets import (
+    cross_entropy_rows,
     is_positive,
-    negative_log_targets,
-    smoothed_log_targets_over_negatives,
-    soft_log_targets,
+    kl_rows,
+    negative_targets,
+    smoothed_over_negatives,
+    soft_targets,
+    symmetric_kl_rows,
 )
 
-# Q query rows, C candidate columns, N pairs, D width
-
-
-def _log_probabilities(logits_QC: Tensor, valid_QC: Tensor | None) -> Tensor:
-    if valid_QC is None:
-        return logits_QC.log_softmax(dim=1)
-    return logits_QC.masked_fill(~valid_QC, -torch.inf).log_softmax(dim=1)
-
-
-def _kl(log_a_QC: Tensor, log_b_QC: Tensor) -> Tensor:
-    # entries with a = 0 add nothing; filling before the product keeps 0 * inf out of value and gradient
-    is_zero_QC = log_a_QC == -torch.inf
-    log_a, log_b = log_a_QC.masked_fill(is_zero_QC, 0.0), log_b_QC.masked_fill(is_zero_QC, 0.0)
-    return (log_a.exp() * (log_a - log_b)).masked_fill(is_zero_QC, 0.0).sum(dim=1)
-
-
-def kl_rows(log_targets_QC: Tensor, logits_QC: Tensor, valid_QC: Tensor | None = None) -> Tensor:
-    """KL(y || softmax(logits)) of each row, [Q], nats.
-
-    Args:
-        log_targets_QC: log y, -inf where y is 0 (there must be no target on an invalid column).
-        logits_QC: similarity / temperature.
-        valid_QC: True at columns that take part; None means all. Leave-one-out: all but the positive.
-    """
-    return _kl(log_targets_QC, _log_probabilities(logits_QC, valid_QC))
-
-
-def symmetric_kl_rows(log_targets_QC: Tensor, logits_QC: Tensor, valid_QC: Tensor | None = None) -> Tensor:
-    """Half of KL(y || p) + KL(p || y) of each row, [Q], nats.
-
-    Arguments as `kl_rows`. A valid column with target 0 makes it infinite: one-hot targets cannot use it.
-    """
-    log_p_QC = _log_probabilities(logits_QC, valid_QC)
-    return 0.5 * (_kl(log_targets_QC, log_p_QC) + _kl(log_p_QC, log_targets_QC))
-
-
-def cross_entropy_rows(log_targets_QC: Tensor, logits_QC: Tensor) -> Tensor:
-    """-sum y log softmax(logits) of each row, [Q], nats; the label-smoothed InfoNCE rows."""
-    log_p_QC = F.log_softmax(logits_QC, dim=1)
-    is_zero_QC = log_targets_QC == -torch.inf
-    return -(log_targets_QC.exp() * log_p_QC).masked_fill(is_zero_QC, 0.0).sum(dim=1)
+# N pairs, D width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +120,9 @@ def _softclip_direction(
     divergence = kl_rows if settings.divergence == "forward" else symmetric_kl_rows
     own = torch.arange(len(logits), device=logits.device)
     temperature = settings.guidance_temperature
-    hard_targets = smoothed_log_targets_over_negatives(logits, own, smoothing=settings.label_smoothing)
-    soft = soft_log_targets(similarities, own, temperature=temperature, mixing=settings.mixing)
-    relation = negative_log_targets(similarities, own, temperature=temperature)
+    hard_targets = smoothed_over_negatives(logits, own, smoothing=settings.label_smoothing)
+    soft = soft_targets(similarities, own, temperature=temperature, mixing=settings.mixing)
+    relation = negative_targets(similarities, own, temperature=temperature)
     return (
         cross_entropy_rows(hard_targets, logits).mean(),
         divergence(soft, logits).mean(),

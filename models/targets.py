@@ -1,4 +1,4 @@
-"""Soft targets for rows of a pair table, in log space, and the guidance that softens them.
+"""Soft targets for rows of a pair table, in log space, and the KL losses that use them.
 
 A row is one query of this worker, a column one candidate of the global batch; `positive_Q` names each
 row's own column, so a worker holds any slice of rows and gets the numbers of the whole table.
@@ -33,7 +33,7 @@ def is_positive(table_QC: Tensor, positive_Q: Tensor) -> Tensor:
     return positive_Q[:, None] == columns_C
 
 
-def soft_log_targets(
+def soft_targets(
     similarities_QC: Tensor,
     positive_Q: Tensor,
     *,
@@ -77,12 +77,10 @@ def soft_log_targets(
     return torch.where(own_QC, torch.logaddexp(log_similar_QC, hard), log_similar_QC)
 
 
-def negative_log_targets(
-    similarities_QC: Tensor, positive_Q: Tensor, *, temperature: float | Tensor
-) -> Tensor:
+def negative_targets(similarities_QC: Tensor, positive_Q: Tensor, *, temperature: float | Tensor) -> Tensor:
     """log q*: softmax of the similarities over the negatives alone, -inf at the positive, [Q, C].
 
-    Arguments and errors as `soft_log_targets`. Source: SoftCLIP's disentangled negatives, arXiv 2303.17561.
+    Arguments and errors as `soft_targets`. Source: SoftCLIP's disentangled negatives, arXiv 2303.17561.
     """
     _check_rows(similarities_QC, positive_Q)
     _check_temperature(temperature)
@@ -90,7 +88,7 @@ def negative_log_targets(
     return (similarities_QC / temperature).masked_fill(own_QC, -torch.inf).log_softmax(dim=1)
 
 
-def smoothed_log_targets_over_negatives(table_QC: Tensor, positive_Q: Tensor, *, smoothing: float) -> Tensor:
+def smoothed_over_negatives(table_QC: Tensor, positive_Q: Tensor, *, smoothing: float) -> Tensor:
     """log-targets [Q, C] of 1 - smoothing at the positive and smoothing / (C - 1) at each negative.
 
     Raises:
@@ -101,7 +99,7 @@ def smoothed_log_targets_over_negatives(table_QC: Tensor, positive_Q: Tensor, *,
     return _smoothed(table_QC, positive_Q, smoothing=smoothing, num_shares=table_QC.shape[1] - 1, own_share=0)
 
 
-def smoothed_log_targets_over_all(table_QC: Tensor, positive_Q: Tensor, *, smoothing: float) -> Tensor:
+def smoothed_over_all(table_QC: Tensor, positive_Q: Tensor, *, smoothing: float) -> Tensor:
     """log-targets [Q, C] of 1 - smoothing + smoothing / C at the positive and smoothing / C elsewhere.
 
     Raises:
@@ -136,15 +134,13 @@ def mean_off_diagonal_mass(
     return 1.0 - log_q_QC.gather(1, positive_Q[:, None]).exp().mean()
 
 
-def temperature_from_off_diagonal_mass(
-    off_diagonal_mass: float, *, num_candidates: int, typical_cosine: float
-) -> float:
+def temperature_from_off_diagonal_mass(mass: float, *, num_candidates: int, typical_cosine: float) -> float:
     """Temperature at which constant off-diagonal cosines give the wanted off-diagonal mass.
 
     tau = (1 - c) / ln((N - 1)(1 - mass) / mass)
 
     Args:
-        off_diagonal_mass: wanted share of the softmax off the diagonal, in (0, (N - 1) / N).
+        mass: wanted share of the softmax off the diagonal, in (0, (N - 1) / N).
         num_candidates: N of the global batch; another batch size needs another temperature.
         typical_cosine: c, off-diagonal cosine, < 1.
 
@@ -155,8 +151,8 @@ def temperature_from_off_diagonal_mass(
         raise ValueError(f"num_candidates must be >= 2, got {num_candidates}")
     if not typical_cosine < 1.0:
         raise ValueError(f"typical_cosine must be < 1, got {typical_cosine}")
-    _check_mass(off_diagonal_mass, num_candidates)
-    odds = (1.0 - off_diagonal_mass) / off_diagonal_mass
+    _check_mass(mass, num_candidates)
+    odds = (1.0 - mass) / mass
     return (1.0 - typical_cosine) / math.log((num_candidates - 1) * odds)
 
 
@@ -173,7 +169,7 @@ def bisect_temperature(
     similarities_QC: Tensor,
     positive_Q: Tensor,
     *,
-    off_diagonal_mass: float,
+    mass: float,
     low: float = 1e-4,
     high: float = 1e3,
     num_halvings: int = 40,
@@ -185,7 +181,7 @@ def bisect_temperature(
     Args:
         similarities_QC: similarities, none larger than that of the row with itself.
         positive_Q: own column of each row.
-        off_diagonal_mass: wanted mean share off the own column, in (0, (C - 1) / C).
+        mass: wanted mean share off the own column, in (0, (C - 1) / C).
         low: lowest temperature tried; the answer when duplicates hold more than the mass at any temperature.
         high: highest temperature tried.
         num_halvings: of the bracket in log temperature; 40 leave a relative error of 1e-11.
@@ -194,7 +190,7 @@ def bisect_temperature(
         ValueError: fewer than 2 candidates, mass out of its range, or an empty bracket.
     """
     _check_rows(similarities_QC, positive_Q)
-    _check_mass(off_diagonal_mass, similarities_QC.shape[1])
+    _check_mass(mass, similarities_QC.shape[1])
     if not 0.0 < low < high:
         raise ValueError(f"need 0 < low < high, got low={low} and high={high}")
     # own share = 1 / sum exp(gap / temperature), and every gap is <= 0: monotone in the temperature
@@ -203,46 +199,46 @@ def bisect_temperature(
     for _ in range(num_halvings):
         middle = 0.5 * (below + above)
         own_share = (gaps_QC / middle.exp()).exp().sum(dim=1).reciprocal().mean()
-        is_too_soft = 1.0 - own_share > off_diagonal_mass
+        is_too_soft = 1.0 - own_share > mass
         below, above = torch.where(is_too_soft, below, middle), torch.where(is_too_soft, middle, above)
     return (0.5 * (below + above)).exp()
 
 
-def spread_temperature(guidance_ND: Tensor, *, off_diagonal_mass: float) -> Tensor:
-    """`bisect_temperature` of the self-similarity of the global batch's unit guidance rows, [N, D].
-
-    Raises:
-        ValueError: N < 2 or mass outside (0, (N - 1) / N).
-    """
-    rows_N = torch.arange(len(guidance_ND), device=guidance_ND.device)
-    return bisect_temperature(guidance_ND @ guidance_ND.T, rows_N, off_diagonal_mass=off_diagonal_mass)
+def _log_probabilities(logits_QC: Tensor, valid_QC: Tensor | None) -> Tensor:
+    if valid_QC is None:
+        return logits_QC.log_softmax(dim=1)
+    return logits_QC.masked_fill(~valid_QC, -torch.inf).log_softmax(dim=1)
 
 
-def mean_unit_tokens(tokens_BKD: Tensor) -> Tensor:
-    """Unit mean of unit tokens, [B, K, D] -> [B, D]: a stand-in for SoftCLIP's region features."""
-    return F.normalize(F.normalize(tokens_BKD, dim=-1).mean(dim=1), dim=-1)
+def _kl(log_a_QC: Tensor, log_b_QC: Tensor) -> Tensor:
+    # entries with a = 0 add nothing; filling before the product keeps 0 * inf out of value and gradient
+    is_zero_QC = log_a_QC == -torch.inf
+    log_a, log_b = log_a_QC.masked_fill(is_zero_QC, 0.0), log_b_QC.masked_fill(is_zero_QC, 0.0)
+    return (log_a.exp() * (log_a - log_b)).masked_fill(is_zero_QC, 0.0).sum(dim=1)
 
 
-def hashed_words(token_ids_BT: Tensor, is_real_token_BT: Tensor, *, num_buckets: int = 1024) -> Tensor:
-    """Unit multi-hot rows of hashed token ids: a stand-in for SoftCLIP's tag features.
-
-    The first and the last real token (start and end) are left out: every text has them. Texts without a
-    word share one bucket of their own, so they are alike.
+def kl_rows(log_targets_QC: Tensor, logits_QC: Tensor, valid_QC: Tensor | None = None) -> Tensor:
+    """KL(y || softmax(logits)) of each row, [Q], nats.
 
     Args:
-        token_ids_BT: int64 [B, T], start token first.
-        is_real_token_BT: False at padding, bool [B, T].
-        num_buckets: of the hash.
-
-    Returns:
-        float32 [B, num_buckets + 1].
+        log_targets_QC: log y, -inf where y is 0 (there must be no target on an invalid column).
+        logits_QC: similarity / temperature.
+        valid_QC: True at columns that take part; None means all. Leave-one-out: all but the positive.
     """
-    order_BT = is_real_token_BT.cumsum(dim=1)
-    is_word_BT = is_real_token_BT & (order_BT > 1) & (order_BT < order_BT[:, -1:])
-    # Knuth's multiplicative hash: neighbouring ids of a BPE vocabulary land far apart
-    buckets_BT = (token_ids_BT * 2654435761 % 2**32) * num_buckets >> 32
-    dropped = num_buckets + 1
-    hot = torch.zeros(len(token_ids_BT), num_buckets + 2, device=token_ids_BT.device)
-    hot = hot.scatter(1, buckets_BT.masked_fill(~is_word_BT, dropped), 1.0)
-    hot[:, num_buckets] = (~is_word_BT.any(dim=1)).to(hot.dtype)
-    return F.normalize(hot[:, :dropped], dim=1)
+    return _kl(log_targets_QC, _log_probabilities(logits_QC, valid_QC))
+
+
+def symmetric_kl_rows(log_targets_QC: Tensor, logits_QC: Tensor, valid_QC: Tensor | None = None) -> Tensor:
+    """Half of KL(y || p) + KL(p || y) of each row, [Q], nats.
+
+    Arguments as `kl_rows`. A valid column with target 0 makes it infinite: one-hot targets cannot use it.
+    """
+    log_p_QC = _log_probabilities(logits_QC, valid_QC)
+    return 0.5 * (_kl(log_targets_QC, log_p_QC) + _kl(log_p_QC, log_targets_QC))
+
+
+def cross_entropy_rows(log_targets_QC: Tensor, logits_QC: Tensor) -> Tensor:
+    """-sum y log softmax(logits) of each row, [Q], nats; the label-smoothed InfoNCE rows."""
+    log_p_QC = F.log_softmax(logits_QC, dim=1)
+    is_zero_QC = log_targets_QC == -torch.inf
+    return -(log_targets_QC.exp() * log_p_QC).masked_fill(is_zero_QC, 0.0).sum(dim=1)

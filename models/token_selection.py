@@ -5,17 +5,12 @@ and keep the same number for every sample. Noise is an argument: who draws it de
 depend on the number of workers. Ties go to the lower index.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from models.token_scores import grid_side
 
 # B images, P patches on a square grid, K kept tokens, M blocks, J kept blocks
-
-Rule = Literal["attentive", "high", "mixed", "random"]
-RULES: tuple[Rule, ...] = ("attentive", "high", "mixed", "random")
 
 
 def _check_keep_ratio(keep_ratio: float) -> None:
@@ -205,45 +200,3 @@ def keep_random_blocks(noise_BP: Tensor, *, keep_ratio: float, block: int = 2) -
     count = num_kept_blocks(noise_BM.shape[1], keep_ratio)
     order = noise_BM.argsort(dim=1, stable=True)
     return expand_blocks(_first(order, count), num_patches=noise_BP.shape[1], block=block)
-
-
-def select_tokens(
-    rule: Rule,
-    *,
-    scores_BP: Tensor | None,
-    noise_BP: Tensor | None,
-    keep_ratio: float,
-    block: int = 2,
-    best_share: float = 0.5,
-) -> Tensor:
-    """Kept token indices [B, K], ascending, by the named rule.
-
-    Args:
-        rule: "attentive" keeps the best blocks, "high" the worst (it removes the high ones), "mixed" some
-            best and some random, "random" as many random blocks.
-        scores_BP: [B, P]; None is fine for "random".
-        noise_BP: uniform noise [B, P]; None is fine for "attentive" and "high".
-        keep_ratio: share of blocks kept, in (0, 1].
-        block: side of a block in patches.
-        best_share: share of the kept blocks that "mixed" takes by score, in [0, 1].
-
-    Raises:
-        ValueError: unknown rule, the rule needs scores or noise and got None, or as the rule's function.
-    """
-    if rule == "attentive":
-        return keep_attentive(_given(scores_BP, rule, "scores"), keep_ratio=keep_ratio, block=block)
-    if rule == "high":
-        return keep_least_attentive(_given(scores_BP, rule, "scores"), keep_ratio=keep_ratio, block=block)
-    noise = _given(noise_BP, rule, "noise")
-    if rule == "random":
-        return keep_random_blocks(noise, keep_ratio=keep_ratio, block=block)
-    if rule == "mixed":
-        scores = _given(scores_BP, rule, "scores")
-        return keep_mixed(scores, noise, keep_ratio=keep_ratio, best_share=best_share, block=block)
-    raise ValueError(f"unknown keep rule {rule!r}; choose from {', '.join(RULES)}")
-
-
-def _given(value: Tensor | None, rule: str, name: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"keep rule {rule!r} needs {name}, got None")
-    return value
