@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.pair_table import PairTable
-from models.softclip import kl_rows, symmetric_kl_rows
+from models.targets import kl_rows, symmetric_kl_rows
 
 
 class Estimator(Protocol):
@@ -77,11 +77,7 @@ class SoftKL:
         _need_negatives(table)
         if table.log_targets is None:
             raise ValueError("estimator 'kl' needs soft targets; set targets.kind=soft or use estimator 'ce'")
-        log_targets = table.log_targets
-        if table.is_valid is not None:
-            valid = table.is_valid | table.is_positive
-            log_targets = log_targets.masked_fill(~valid, -torch.inf).log_softmax(1)
-        return _divergence(self.direction, log_targets, table.masked_scores())
+        return _divergence(self.direction, table.log_targets, table.masked_scores())
 
     def reduce(self, rows: Tensor) -> Tensor:
         return rows[:, 0].mean()

@@ -111,3 +111,23 @@ def late_similarity(query_QKD: Tensor, candidate_CKD: Tensor) -> Tensor:
     """
     table_QCKK = torch.einsum("qkd,cld->qckl", query_QKD, candidate_CKD)
     return 0.5 * (table_QCKK.amax(dim=3).mean(dim=2) + table_QCKK.amax(dim=2).mean(dim=2))
+
+
+def hashed_words(token_ids: Tensor, is_real_token: Tensor, *, num_buckets: int = 512) -> Tensor:
+    """Unit bag-of-words vectors of fixed width whatever the vocabulary, [B, num_buckets].
+
+    A stand-in for detector tags: a word is present or not. The first and last real token (start, end)
+    are in every text and are left out; a text without a word is a zero row, like nothing.
+
+    Args:
+        token_ids: int64 [B, T], padded on the right.
+        is_real_token: bool [B, T].
+    """
+    inner = is_real_token.clone()
+    inner[:, 0] = False
+    inner[torch.arange(len(inner), device=inner.device), is_real_token.sum(1) - 1] = False
+    # An odd multiplier spreads neighbouring ids of a vocabulary over the buckets.
+    buckets = (token_ids * 2654435761 % 2**32) * num_buckets >> 32
+    counts = torch.zeros(len(token_ids), num_buckets, device=token_ids.device)
+    counts.scatter_add_(1, buckets, inner.to(counts))
+    return F.normalize((counts > 0).to(counts), dim=1)

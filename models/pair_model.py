@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.crops import crop_images
 from models.gather import Gather
-from models.heads import byol_predictor, byol_projector, byol_rows, simclr_loss, simclr_projector
+from models.heads import Predictor, Projector, SimCLRProjector, byol_rows, simclr_rows
 from models.outputs import PairBatch, PairOutputs, TeacherOutputs
 from models.recipe import MethodRecipe, TableRecipe
 from models.regularisers import TokenEntropies, matched_similarities, token_entropies
@@ -62,13 +62,15 @@ class PairModel(nn.Module):
         width = int(clip.visual_projection.in_features)  # type: ignore[union-attr,arg-type]
         simclr, byol = recipe.heads.simclr, recipe.heads.byol
         self.simclr = (
-            simclr_projector(width, _scaled(width, simclr.hidden_ratio), _scaled(width, simclr.out_ratio))
+            SimCLRProjector(
+                width, hidden=_scaled(width, simclr.hidden_ratio), out=_scaled(width, simclr.out_ratio)
+            )
             if simclr.weight
             else None
         )
         hidden, out = _scaled(width, byol.hidden_ratio), _scaled(width, byol.out_ratio)
-        self.byol_projector = byol_projector(width, hidden, out) if byol.weight else None
-        self.byol_predictor = byol_predictor(out, hidden) if byol.weight else None
+        self.byol_projector = Projector(width, hidden=hidden, out=out) if byol.weight else None
+        self.byol_predictor = Predictor(out, hidden=hidden) if byol.weight else None
 
     def encode_images(self, images: Tensor, *, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Unit embeddings [B, D], patch tokens in the joint space [B, P, D], pooled feature [B, H].
@@ -187,15 +189,8 @@ class PairModel(nn.Module):
         heads = self.recipe.heads
         if self.simclr is not None:
             first, second = (self.simclr(features) for features in outputs.image_features)
-            local = simclr_loss(
-                first,
-                second,
-                temperature=heads.simclr.temperature,
-                all_a_ND=gather(first),
-                all_b_ND=gather(second),
-                row_offset=gather.rank * len(first),
-            )
-            terms["simclr"] = heads.simclr.weight * gather(local[None]).mean()
+            rows = simclr_rows(first, second, gather=gather, temperature=heads.simclr.temperature)
+            terms["simclr"] = heads.simclr.weight * gather(rows).mean()
         if self.byol_projector is not None and self.byol_predictor is not None:
             if teacher is None:
                 raise ValueError("heads.byol needs the EMA teacher's features, got none")

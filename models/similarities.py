@@ -14,11 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.gather import Gather, own_columns
+from models.guidance import hashed_words, mean_unit_tokens
 from models.outputs import PairBatch, PairOutputs
 from models.pair_table import PairTable
 from models.recipe import RegionPool, TableRecipe, Targets
 from models.retrieval import effective_patterns, hopfield_retrieval
-from models.targets import hashed_words, mean_unit_tokens, soft_log_targets, spread_temperature
+from models.targets import bisect_temperature, soft_targets
+
+# The mean off-diagonal mass over this many rows of the global batch sets the targets' temperature; a
+# float32 mean resolves no more than these halvings.
+_TEMPERATURE_ROWS = 512
+_TEMPERATURE_HALVINGS = 24
 
 IMAGE_TO_TEXT = "image_to_text"
 TEXT_TO_IMAGE = "text_to_image"
@@ -71,7 +77,7 @@ def pair_tables(
         direction: PairTable(
             scores=similarity_BN * inverse_temperature,
             positive=positive,
-            log_targets=_log_targets(recipe.targets, direction, features, batch, positive, gather),
+            log_targets=_log_targets(recipe.targets, direction, features, batch, positive, is_valid, gather),
             is_valid=is_valid,
         )
         for direction, similarity_BN in similarities.items()
@@ -136,6 +142,7 @@ def _log_targets(
     features: PairFeatures,
     batch: PairBatch,
     positive: Tensor,
+    is_valid: Tensor | None,
     gather: Gather,
 ) -> Tensor | None:
     if targets.kind == "identity":
@@ -144,9 +151,17 @@ def _log_targets(
     with torch.no_grad():
         local = _guidance(targets, direction, features, batch)
         everyone = gather(local)
-        # Everybody sets it on the same gathered rows, so all workers agree without another exchange.
-        temperature = spread_temperature(everyone, off_diagonal_mass=targets.off_diagonal_mass)
-        return soft_log_targets(local @ everyone.T, positive, temperature=temperature, mixing=targets.mixing)
+        # Everybody sets the temperature on the same gathered rows, so all workers agree on it.
+        probe = everyone[:_TEMPERATURE_ROWS]
+        temperature = bisect_temperature(
+            probe @ everyone.T,
+            torch.arange(len(probe), device=probe.device),
+            mass=targets.off_diagonal_mass,
+            num_halvings=_TEMPERATURE_HALVINGS,
+        )
+        return soft_targets(
+            local @ everyone.T, positive, temperature=temperature, mixing=targets.mixing, is_valid=is_valid
+        )
 
 
 def _guidance(targets: Targets, direction: str, features: PairFeatures, batch: PairBatch) -> Tensor:

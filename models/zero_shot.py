@@ -47,7 +47,7 @@ def unit(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: a row is zero or not finite, so it has no direction.
     """
-    lengths = vectors.norm(dim=-1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     is_bad = ~(torch.isfinite(lengths) & (lengths > 0))
     if bool(is_bad.any()):
         raise ValueError(f"{int(is_bad.sum())} of {is_bad.numel()} embeddings are zero or not finite")
