@@ -1,7 +1,7 @@
 """Penalties on the embeddings themselves: TIER's token entropies, uniformity."""
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,8 @@ class TokenEntropies:
 
     def as_tensor(self) -> Tensor:
         """[B, 6], one row per pair, ready for one gather."""
-        return torch.stack(astuple(self), dim=1)
+        # not astuple: it deep-copies, which a tensor with a graph refuses
+        return torch.stack([getattr(self, f.name) for f in fields(self)], dim=1)
 
     @classmethod
     def from_tensor(cls, sums_and_counts_B6: Tensor) -> "TokenEntropies":
