@@ -118,6 +118,21 @@ def test_no_interval_without_two_rows_or_groups():
     assert few_groups.note == "only 2 groups were resampled; the interval is rough"
 
 
+def test_values_at_one_end_get_the_exact_binomial_bound():
+    inside = {"bounds": (0.0, 1.0)}
+    none, every = bootstrap_means(np.stack([np.zeros(6), np.ones(6)]), FEW, **inside)
+    assert none.low == 0.0
+    # 0 of 6 has probability (1 - p)^6, which is 2.5 % at the bound.
+    assert (1 - none.high) ** 6 == pytest.approx(0.025)
+    assert (every.low, every.high) == (pytest.approx(1 - none.high), 1.0)
+    assert every.note == "all 6 values are 1; the other bound is the exact binomial one"
+    assert bootstrap_seeds(np.ones((3, 6)), FEW, **inside).low == pytest.approx(every.low)
+    by_group = bootstrap_means(np.ones((1, 6)), FEW, group_ids=["p", "q"] * 3, **inside)[0]
+    assert by_group.low < every.low
+    # Negative control: the plain percentile interval has no width.
+    assert bootstrap_means(np.ones((1, 6)), FEW)[0].low == 1.0
+
+
 def test_undefined_resamples_are_skipped_and_counted():
     found = percentile_interval(0.5, np.array([0.4, np.nan, 0.6]), FEW)
     assert (found.resamples, found.low > 0.4, found.high < 0.6) == (2, True, True)

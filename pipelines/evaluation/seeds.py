@@ -12,6 +12,8 @@ from pipelines.evaluation.statistics import (
     Interval,
     PairedTest,
     checked_values,
+    count_units,
+    edge_interval,
     mean_replicates,
     no_interval,
     percentile_interval,
@@ -73,7 +75,8 @@ def bootstrap_seeds(
 ) -> Interval:
     """Interval of the mean over S seeds and N rows, [S, N] per-row values of the same rows.
 
-    With one seed it covers the rows only and says so; with fewer than two rows there is none.
+    With one seed it covers the rows only and says so; with fewer than two rows there is none. Values
+    that all lie at one end of `bounds` get the exact binomial bound.
 
     Raises:
         ValueError: not two axes, empty, or values that are not finite.
@@ -82,6 +85,9 @@ def bootstrap_seeds(
     possible, note = row_problem(values.shape[1], group_ids)
     if not possible:
         return no_interval(float(values.mean()), str(note), bootstrap)
+    num_units = count_units(values.shape[1], group_ids)
+    if edge := edge_interval(values, num_units, bounds, bootstrap):
+        return edge
     replicates = mean_replicates(values, bootstrap, group_ids=group_ids)
     return seeds_interval(values.mean(1), replicates, bootstrap, bounds=bounds, note=note)
 

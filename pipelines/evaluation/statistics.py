@@ -157,14 +157,43 @@ def no_interval(point: float, reason: str, bootstrap: Bootstrap) -> Interval:
     )
 
 
+def edge_interval(
+    values: Floats, num_units: int, bounds: tuple[float, float] | None, bootstrap: Bootstrap
+) -> Interval | None:
+    """Interval of values that all lie at one end of their range; None when they do not.
+
+    Every resample repeats that end, so the percentile interval has no width however few the rows. The
+    exact binomial bound for n of n (Clopper and Pearson 1934) says what n rows can show.
+    """
+    end = float(values.flat[0])
+    if bounds is None or end not in bounds or (values != end).any():
+        return None
+    missed = (bounds[1] - bounds[0]) * (1 - ((1 - bootstrap.confidence) / 2) ** (1 / num_units))
+    return Interval(
+        point=end,
+        low=end if end == bounds[0] else end - missed,
+        high=end if end == bounds[1] else end + missed,
+        level=bootstrap.confidence,
+        resamples=0,
+        seed=bootstrap.seed,
+        note=f"all {num_units} values are {end:g}; the other bound is the exact binomial one",
+    )
+
+
+def count_units(num_rows: int, group_ids: Sequence[str | None] | None) -> int:
+    """How many rows, or groups of rows, are resampled."""
+    groups = group_index(group_ids, num_rows)
+    return num_rows if groups is None else int(groups.max()) + 1
+
+
 def row_problem(num_rows: int, group_ids: Sequence[str | None] | None) -> tuple[bool, str | None]:
     """Whether rows can be resampled, and what to say about it."""
-    groups = group_index(group_ids, num_rows)
-    num_units = num_rows if groups is None else int(groups.max()) + 1
+    num_units = count_units(num_rows, group_ids)
+    is_grouped = num_units < num_rows
     if num_units < 2:
-        unit = "row" if groups is None else "group"
+        unit = "group" if is_grouped else "row"
         return False, f"resampling needs at least 2 {unit}s, found {num_units}"
-    if groups is not None and num_units < _FEW_GROUPS:
+    if is_grouped and num_units < _FEW_GROUPS:
         return True, f"only {num_units} groups were resampled; the interval is rough"
     return True, None
 
@@ -182,17 +211,21 @@ def mean_replicates(
 
 
 def bootstrap_means(
-    values_MN: Floats, bootstrap: Bootstrap, *, group_ids: Sequence[str | None] | None = None
+    values_MN: Floats,
+    bootstrap: Bootstrap,
+    *,
+    group_ids: Sequence[str | None] | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> list[Interval]:
     """Percentile intervals of the row means of M metrics on the same N rows.
 
     Args:
         values_MN: per-row values, finite, [M, N].
         group_ids: N ids; whole groups are resampled.
+        bounds: range of the values; values that all lie at one end get the exact binomial bound.
 
     Returns:
-        M intervals; without bounds and with a note when there are fewer than two rows or groups. An
-        interval of equal values has no width: resampling cannot show what it never saw.
+        M intervals; empty ones with a note when there are fewer than two rows or groups.
 
     Raises:
         ValueError: not two axes, no rows, or values that are not finite.
@@ -203,9 +236,11 @@ def bootstrap_means(
     if not possible:
         return [no_interval(point, str(note), bootstrap) for point in points]
     replicates = mean_replicates(values, bootstrap, group_ids=group_ids)
+    num_units = count_units(values.shape[1], group_ids)
     return [
-        percentile_interval(point, row, bootstrap, note=note)
-        for point, row in zip(points, replicates, strict=True)
+        edge_interval(own, num_units, bounds, bootstrap)
+        or percentile_interval(point, row, bootstrap, note=note)
+        for point, own, row in zip(points, values, replicates, strict=True)
     ]
 
 

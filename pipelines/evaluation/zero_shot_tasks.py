@@ -80,7 +80,8 @@ def _row_fields(
     }
     if bootstrap is None or not values:
         return fields, {}
-    found = bootstrap_means(np.stack(list(values.values())), bootstrap, group_ids=rows.group_ids)
+    stacked = np.stack(list(values.values()))
+    found = bootstrap_means(stacked, bootstrap, group_ids=rows.group_ids, bounds=(0.0, 1.0))
     return fields, dict(zip(values, found, strict=True))
 
 
