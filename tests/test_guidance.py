@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from models.guidance import (
     centred,
+    hashed_words,
     late_patch_guidance,
     late_similarity,
     mean_patch_guidance,
@@ -75,3 +76,14 @@ def test_ties_of_patch_scores_go_to_the_lower_index():
 def test_a_count_that_does_not_fit_is_refused(count):
     with pytest.raises(ValueError, match=rf"count must be in \[1, 3\], got {count}"):
         top_patches(torch.zeros(1, 3), count)
+
+
+def test_hashed_words_ignore_padding_order_repeats_and_the_ends():
+    ids = torch.tensor([[1, 5, 6, 2, 0], [1, 6, 5, 5, 2], [3, 6, 5, 4, 9], [1, 7, 8, 2, 0], [1, 2, 0, 0, 0]])
+    real = torch.arange(5) < torch.tensor([4, 5, 4, 4, 2])[:, None]
+    rows = hashed_words(ids, real)
+    table = rows @ rows.T
+    torch.testing.assert_close(table[:3, :3], torch.ones(3, 3))
+    assert table[0, 3] == 0
+    assert rows[4].abs().sum() == 0  # no word at all
+    assert not torch.equal(hashed_words(ids, torch.ones_like(real))[0], rows[0])
