@@ -17,18 +17,12 @@ from typing import Any, Final
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.evaluation.task_result import ROWS
 from pipelines.run_record import SCHEMA_VERSION, plain_json, storage_safe
 from pipelines.schemas import SAMPLES, check_schema
 
 Json = dict[str, Any]
 
-ROW_VALUES: Final = pa.schema(
-    [
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("metric", pa.string(), nullable=False),
-        pa.field("value", pa.float64(), nullable=False),
-    ]
-)
 _TOP_KEYS: Final = ("dataset", "model", "pretrained", "task", "language", "metrics", "clipfleet")
 _BLOCK_KEYS: Final = (
     "schema_version", "run_id", "kind", "method", "seed", "select_on", "report_on", "split", "source",
@@ -63,7 +57,7 @@ def publish_result(root_uri: str, result: Mapping[str, Any], rows: pa.Table | No
     Args:
         result: CLIP_benchmark keys plus the block `clipfleet`; metrics are finite scalars or null, and a
             null has its reason in `clipfleet.undefined`.
-        rows: per-row values with schema `ROW_VALUES`, or None where the metric has none.
+        rows: per-row values with schema `task_result.ROWS`, or None where the metric has none.
 
     Raises:
         ValueError: a key is missing, or a metric is not a finite scalar, or null without reason.
@@ -77,7 +71,7 @@ def publish_result(root_uri: str, result: Mapping[str, Any], rows: pa.Table | No
             storage.refuse_existing(uri)
         return uri
     if rows is not None:
-        check_schema(rows.schema, ROW_VALUES, where=f"row values of '{stem}'")
+        check_schema(rows.schema, ROWS, where=f"row values of '{stem}'")
         if len(rows) and not all(math.isfinite(value) for value in rows["value"].to_pylist()):
             raise ValueError(f"row values of '{stem}' must be finite")
         # Not published before the JSON below exists, so a leftover of a killed evaluation is replaced.
@@ -162,12 +156,12 @@ class Store:
         return table
 
     def row_values(self, result: Mapping[str, Any]) -> pa.Table | None:
-        """Per-row values behind a result, schema `ROW_VALUES`; None when the metric has none."""
+        """Per-row values behind a result, schema `task_result.ROWS`; None when the metric has none."""
         uri = storage.join(self.root_uri, "results", "rows", f"{result_stem(result)}.parquet")
         if not storage.exists(uri):
             return None
         table = storage.read_table(uri)
-        check_schema(table.schema, ROW_VALUES, where=uri)
+        check_schema(table.schema, ROWS, where=uri)
         return table
 
     @cached_property
