@@ -141,6 +141,12 @@ def test_the_headline_names_who_is_not_told_apart(report: dict[str, Any]) -> Non
     assert "local_mi" not in text
 
 
+def test_the_headline_of_an_unfinished_sweep_names_who_is_absent(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path), methods=("clip", "aclip"), is_finished=False)
+    text = views.headline(aggregate.aggregate(Store(root), bootstrap=BOOTSTRAP))
+    assert text.endswith("; without a result: aclip.")
+
+
 # Kept tokens
 
 

@@ -31,17 +31,18 @@ def headline(report: Json) -> str:
         if not ranked:
             continue
         first = ranked[0]
-        text = (
+        parts = [
             f"{first.method} leads on {board.dataset} with {board.metric} {format_estimate(first.estimate)}"
-        )
-        if len(ranked) > 1:
-            close = [row.method for row in ranked[1:] if row.p_value is None or row.p_value >= 0.05]
-            text += (
-                f"; not told apart from it at p < .05: {', '.join(close)}"
-                if close
-                else ", clear of all others"
-            )
-        sentences.append(text + ".")
+        ]
+        close = [row.method for row in ranked[1:] if row.p_value is None or row.p_value >= 0.05]
+        if close:
+            parts.append(f"not told apart from it at p < .05: {', '.join(close)}")
+        elif len(ranked) > 1:
+            parts.append("every other ranked method is behind at p < .05")
+        absent = [row.method for row in board.rows if row.kind in RANKED_KINDS and row.rank is None]
+        if absent:
+            parts.append(f"without a result: {', '.join(absent)}")
+        sentences.append("; ".join(parts) + ".")
     return " ".join(sentences) or "No method has a final result yet."
 
 
