@@ -117,15 +117,7 @@ def write_table(uri: str, table: pa.Table) -> None:
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 
-def upload_folder(local: Path, uri: str) -> None:
-    """Copy a local folder to `uri`, file by file."""
-    for file in sorted(p for p in local.rglob("*") if p.is_file()):
-        write_bytes(join(uri, file.relative_to(local).as_posix()), file.read_bytes())
-
-
-def download_folder(uri: str, local: Path) -> None:
-    """Copy every file below `uri` into a local folder."""
-    for name in list_files(uri):
-        target = local / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(read_bytes(join(uri, name)))
+def delete_folder(uri: str) -> None:
+    """Remove a folder and everything below it."""
+    fs, path = filesystem(uri)
+    fs.delete_dir(path)

@@ -1,0 +1,144 @@
+"""Prepared rows -> one worker's batch: text choice, crop boxes and noise, all drawn from row keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from models.outputs import PairBatch
+from pipelines.keyed_random import Purpose, keyed_uniform, text_key
+
+# Aspect ratios of random crops, as everywhere in the field.
+_ASPECT = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What a method wants of its batches.
+
+    Attributes:
+        seed: of every draw.
+        text: `caption` or `sentence`; a row without sentences gives a caption.
+        num_views: crops per image.
+        min_crop_area: smallest share of the image a crop covers; 1 means no cropping.
+        num_patches: of the vision tower's grid, for selection noise.
+    """
+
+    seed: int
+    text: Literal["caption", "sentence"]
+    num_views: int
+    min_crop_area: float
+    num_patches: int
+
+
+class PairRows:
+    """Prepared rows in memory: pixels as one array, texts as token lists."""
+
+    def __init__(self, table: pa.Table, image_size: int) -> None:
+        """Take over a table in schemas.PREPARED."""
+        table = table.combine_chunks()
+        flat = np.frombuffer(b"".join(table["image"].to_pylist()), dtype=np.uint8)
+        self.images = flat.reshape(len(table), image_size, image_size, 3)
+        self.captions: list[list[list[int]]] = table["caption_tokens"].to_pylist()
+        self.sentences: list[list[list[int]]] = table["sentence_tokens"].to_pylist()
+        row_ids = table["row_id"].to_pylist()
+        self.row_keys = np.array([text_key(row_id) for row_id in row_ids], np.int64)
+        # A row of unknown group is a group of its own.
+        groups = zip(table["group_id"].to_pylist(), row_ids, strict=True)
+        self.group_keys = np.array([text_key(group or f"row:{row_id}") for group, row_id in groups], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.row_keys)
+
+
+def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *, epoch: int) -> PairBatch:
+    """A batch of the rows at `index`; the same for the same (seed, epoch, row id) wherever it runs."""
+    keys = rows.row_keys[index]
+    texts = _choose_texts(rows, index, keys, settings, epoch)
+    token_ids, is_real = _pad(texts)
+    boxes = _view_boxes(keys, settings, epoch, side=rows.images.shape[1])
+    noise = [
+        keyed_uniform(
+            keys,
+            seed=settings.seed,
+            epoch=epoch,
+            purpose=Purpose.SELECTION,
+            stream=view,
+            count=settings.num_patches,
+        )
+        for view in range(settings.num_views)
+    ]
+    return PairBatch(
+        images=torch.from_numpy(rows.images[index]),
+        view_boxes=torch.from_numpy(boxes),
+        teacher_boxes=torch.from_numpy(_teacher_boxes(boxes, keys, settings, epoch, side=rows.images.shape[1])),
+        token_ids=token_ids,
+        is_real_token=is_real,
+        selection_noise=torch.from_numpy(np.stack(noise).astype(np.float32)),
+        row_keys=torch.from_numpy(keys),
+        group_keys=torch.from_numpy(rows.group_keys[index]),
+        text_keys=torch.tensor([text_key(str(text)) for text in texts]),
+    )
+
+
+def _choose_texts(
+    rows: PairRows, index: NDArray[np.int64], keys: NDArray[np.int64], settings: BatchSettings, epoch: int
+) -> list[list[int]]:
+    draws = keyed_uniform(keys, seed=settings.seed, epoch=epoch, purpose=Purpose.TEXT)[:, 0]
+    chosen = []
+    for row, draw in zip(index.tolist(), draws.tolist(), strict=True):
+        options = rows.captions[row]
+        if settings.text == "sentence" and rows.sentences[row]:
+            options = rows.sentences[row]
+        chosen.append(options[int(draw * len(options))])
+    return chosen
+
+
+def _pad(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids padded to the longest text with 0, and what is real; both [B, T]."""
+    lengths = torch.tensor([len(text) for text in texts])
+    token_ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        token_ids[row, : len(text)] = torch.tensor(text)
+    return token_ids, torch.arange(token_ids.shape[1]) < lengths[:, None]
+
+
+def _view_boxes(
+    keys: NDArray[np.int64], settings: BatchSettings, epoch: int, *, side: int
+) -> NDArray[np.float32]:
+    """Random crops (top, left, height, width) in pixels, [V, B, 4]."""
+    boxes = np.empty((settings.num_views, len(keys), 4), np.float32)
+    for view in range(settings.num_views):
+        if settings.min_crop_area == 1:
+            boxes[view] = (0, 0, side, side)
+            continue
+        area, aspect, down, right = keyed_uniform(
+            keys, seed=settings.seed, epoch=epoch, purpose=Purpose.CROP, stream=view, count=4
+        ).T
+        area = settings.min_crop_area + (1 - settings.min_crop_area) * area
+        ratio = np.exp(np.log(_ASPECT[0]) + (np.log(_ASPECT[1]) - np.log(_ASPECT[0])) * aspect)
+        height = np.minimum(side, side * np.sqrt(area / ratio))
+        width = np.minimum(side, side * np.sqrt(area * ratio))
+        boxes[view] = np.stack([down * (side - height), right * (side - width), height, width], 1)
+    return boxes
+
+
+def _teacher_boxes(
+    boxes: NDArray[np.float32], keys: NDArray[np.int64], settings: BatchSettings, epoch: int, *, side: int
+) -> NDArray[np.float32]:
+    """A crop that covers every view, each edge moved outwards at random, [B, 4].
+
+    Source: A-CLIP, arXiv 2212.08653, as described; the released box misses parts of the views.
+    """
+    draws = keyed_uniform(keys, seed=settings.seed, epoch=epoch, purpose=Purpose.TEACHER_CROP, count=4)
+    top, left = boxes[:, :, 0].min(0), boxes[:, :, 1].min(0)
+    bottom = (boxes[:, :, 0] + boxes[:, :, 2]).max(0)
+    right = (boxes[:, :, 1] + boxes[:, :, 3]).max(0)
+    top, left = top * draws[:, 0], left * draws[:, 1]
+    bottom, right = bottom + (side - bottom) * draws[:, 2], right + (side - right) * draws[:, 3]
+    return np.stack([top, left, bottom - top, right - left], 1).astype(np.float32)

@@ -1,0 +1,100 @@
+"""The trained towers as the encoder evaluation asks for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.pair_model import PairModel
+from models.teacher import EmaTeacher, select_tokens
+from models.token_scores import class_attention_scores
+from pipelines.evaluation.encoder import ImageEncodings
+from pipelines.keyed_random import Purpose, keyed_uniform
+from pipelines.tokenizer import TextTokenizer
+
+_TEXTS_PER_BATCH = 256
+
+
+class ModelEncoder:
+    """Encodes images and texts with a model that is no longer trained.
+
+    With the keep rule a tower sees the patches its method would have kept, chosen by the EMA teacher on
+    the whole image; without it, all. A model trained on kept patches answers differently to both.
+    """
+
+    def __init__(
+        self,
+        model: PairModel,
+        tokenizer: TextTokenizer,
+        *,
+        teacher: EmaTeacher | None = None,
+        applies_keep_rule: bool = False,
+    ) -> None:
+        self._model, self._tokenizer, self._teacher = model, tokenizer, teacher
+        self._applies_keep_rule = applies_keep_rule
+        self._device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def encode_images(self, images: NDArray[np.uint8]) -> ImageEncodings:
+        """uint8 [B, S, S, 3] -> unit embeddings [B, D] and unit patch embeddings [B, P, D]."""
+        pixels = self._pixels(images)
+        self._model.eval()
+        if self._applies_keep_rule:
+            embeds, _, _ = self._model.encode_images(pixels, kept=self.kept(pixels))
+            return ImageEncodings(image_embeds=embeds.cpu().numpy(), patch_embeds=None)
+        embeds, patches, _ = self._model.encode_images(pixels)
+        unit_patches = torch.nn.functional.normalize(patches.float(), dim=2)
+        return ImageEncodings(image_embeds=embeds.cpu().numpy(), patch_embeds=unit_patches.cpu().numpy())
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: list[str]) -> NDArray[np.float32]:
+        """Unit embeddings of texts, float32 [B, D]."""
+        self._model.eval()
+        parts = []
+        for start in range(0, len(texts), _TEXTS_PER_BATCH):
+            ids, is_real = self._tokenizer.pad(self._tokenizer.encode(texts[start : start + _TEXTS_PER_BATCH]))
+            embeds, _ = self._model.encode_texts(
+                torch.as_tensor(ids, device=self._device), torch.as_tensor(is_real, device=self._device)
+            )
+            parts.append(embeds.cpu().numpy())
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def token_scores(self, images: NDArray[np.uint8]) -> Tensor:
+        """Score of every patch, [B, P]: the EMA teacher's class attention, or the model's own."""
+        return self._scores(self._pixels(images))
+
+    @torch.inference_mode()
+    def kept(self, pixels: Tensor) -> Tensor | None:
+        """Patches the method's rule keeps, [B, K]; None keeps all."""
+        selection = self._model.recipe.selection
+        grid = self._model.vision.grid
+        # Evaluation draws are keyed by position: the same images in the same order give the same masks.
+        noise = keyed_uniform(
+            np.arange(len(pixels)), seed=0, epoch=0, purpose=Purpose.SELECTION, count=grid * grid
+        )
+        return select_tokens(
+            selection,
+            scores=self._scores(pixels) if selection.needs_teacher else None,
+            noise=torch.as_tensor(noise, dtype=torch.float32, device=self._device),
+            grid=grid,
+        )
+
+    def kept_mask(self, images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """True at patches the method's rule keeps, [B, P]."""
+        kept = self.kept(self._pixels(images))
+        grid = self._model.vision.grid
+        mask = np.zeros((len(images), grid * grid), bool)
+        if kept is None:
+            return ~mask
+        np.put_along_axis(mask, kept.cpu().numpy(), True, axis=1)
+        return mask
+
+    def _scores(self, pixels: Tensor) -> Tensor:
+        vision = self._model.vision if self._teacher is None else self._teacher.vision
+        return class_attention_scores(vision(pixels, with_class_attention=True).class_attention)
+
+    def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
+        return torch.as_tensor(images, device=self._device).permute(0, 3, 1, 2).float()

@@ -1,0 +1,146 @@
+"""Evaluating a trained run: the selection value during training, the full report at its end."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipelines import storage
+from pipelines.config import Config
+from pipelines.encode import ModelEncoder
+from pipelines.evaluation.main_metric import main_metric_value, resolve_main_metric, tasks_for_metric
+from pipelines.evaluation.task_result import ResultContext, result_record, rows_table
+from pipelines.evaluation.tasks import Evaluation
+from pipelines.evaluation.tasks import evaluate as evaluate_tasks
+from pipelines.job import Job
+from pipelines.prepared import Prepared
+from pipelines.results import publish_result
+from pipelines.schemas import SAMPLES
+from pipelines.train_step import Trainer
+from pipelines.versions import versions
+
+
+def selection_value(config: Config, prepared: Prepared, trainer: Trainer) -> tuple[str, float | None]:
+    """Name and value of the main metric on the selection split, by the method's own keep rule.
+
+    No intervals, and only the task the metric needs: this runs many times per sweep.
+    """
+    settings = config.evaluation.model_copy(update={"resamples": 0})
+    table = split_table(prepared.uri, settings.select_on)
+    tasks = tasks_for_metric(settings.main_metric, table)
+    keep_rule = "all" if config.method.selection.kind == "none" else "kept"
+    found = _evaluate(config, prepared, trainer, split=settings.select_on, keep_rule=keep_rule, tasks=tasks)
+    name = ".".join(resolve_main_metric(found.results, settings.main_metric))
+    return name, main_metric_value(found.results, settings.main_metric)
+
+
+def publish_evaluation(job: Job, config: Config, prepared: Prepared, trainer: Trainer) -> None:
+    """Score the report split with every task the data allows and add the results to the store.
+
+    A method that drops patches is scored twice, with all patches and with its keep rule.
+    """
+    split = config.evaluation.report_on
+    keep_rules = ["all"] if config.method.selection.kind == "none" else ["all", "kept"]
+    for keep_rule in keep_rules:
+        found = _evaluate(config, prepared, trainer, split=split, keep_rule=keep_rule)
+        context = _context(job, config, prepared, trainer, split=split, keep_rule=keep_rule)
+        for result in found.results:
+            publish_result(job.root, result_record(result, context), rows_table(result))
+    samples = sample_images(config, prepared, trainer)
+    if len(samples):
+        storage.write_table(storage.join(job.folder, "samples.parquet"), samples)
+
+
+def sample_images(config: Config, prepared: Prepared, trainer: Trainer) -> pa.Table:
+    """Some images of the report split with patch scores and what the method keeps of them."""
+    table = split_table(prepared.uri, config.evaluation.report_on)
+    table = table.slice(0, config.evaluation.num_samples)
+    size = prepared.image_size
+    images = np.stack([np.frombuffer(i.as_py(), np.uint8).reshape(size, size, 3) for i in table["image"]])
+    encoder = _encoder(config, prepared, trainer, applies_keep_rule=True)
+    scores = encoder.token_scores(images).cpu().numpy()
+    return pa.table(
+        {
+            "row_id": table["row_id"],
+            "image": [_png(image) for image in images],
+            "caption": [captions[0] for captions in table["captions"].to_pylist()],
+            "grid": [trainer.model.vision.grid] * len(images),
+            "token_scores": scores.tolist(),
+            "is_kept": encoder.kept_mask(images).tolist(),
+            "boxes": table["boxes"],
+        },
+        schema=SAMPLES,
+    )
+
+
+@lru_cache(maxsize=4)
+def split_table(prepared_uri: str, split: str) -> pa.Table:
+    """A split's table; kept, because it is scored again and again."""
+    return Prepared.open(prepared_uri).table(split)
+
+
+def _evaluate(
+    config: Config,
+    prepared: Prepared,
+    trainer: Trainer,
+    *,
+    split: str,
+    keep_rule: str,
+    tasks: tuple[str, ...] | None = None,
+) -> Evaluation:
+    settings = config.evaluation
+    if tasks is not None:
+        settings = settings.model_copy(update={"resamples": 0})
+    found = evaluate_tasks(
+        _encoder(config, prepared, trainer, applies_keep_rule=keep_rule == "kept"),
+        split_table(prepared.uri, split),
+        image_size=prepared.image_size,
+        settings=settings,
+        class_names=prepared.manifest["class_names"],
+        label_counts=prepared.manifest["label_counts"].get("train", {}),
+        tasks=tasks,
+        seed=config.seed,
+    )
+    trainer.model.train()
+    return found
+
+
+def _encoder(config: Config, prepared: Prepared, trainer: Trainer, *, applies_keep_rule: bool) -> ModelEncoder:
+    return ModelEncoder(
+        trainer.model, prepared.tokenizer(), teacher=trainer.teacher, applies_keep_rule=applies_keep_rule
+    )
+
+
+def _context(
+    job: Job, config: Config, prepared: Prepared, trainer: Trainer, *, split: str, keep_rule: str
+) -> ResultContext:
+    return ResultContext(
+        dataset=job.dataset,
+        model=config.model.name,
+        sweep=job.sweep,
+        run_id=job.run_id,
+        kind=job.kind,
+        method=config.method.name,
+        seed=config.seed,
+        params=job.params,
+        step=trainer.step,
+        samples_seen=trainer.step * config.train.batch_size,
+        select_on=config.evaluation.select_on,
+        report_on=config.evaluation.report_on,
+        split=split,
+        keep_rule=keep_rule,
+        data_sha=prepared.manifest["data_sha"],
+        device=str(trainer.device),
+        code=versions()["clipfleet"],
+    )
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,59 @@
+"""Batches for one worker, by step, from prepared data.
+
+Two feeds give the same batches bit for bit: `MemoryFeed` holds a split's pixels in the worker,
+`StreamFeed` (pipelines/stream_feed.py) lets Ray Data tasks read shards and build the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Protocol
+
+from models.outputs import PairBatch
+from pipelines.collate import BatchSettings, PairRows, collate
+from pipelines.order import StepOrder
+from pipelines.prepared import Prepared
+
+# Above this many bytes of pixels a worker streams instead of holding the split.
+MEMORY_LIMIT_BYTES = 2 << 30
+
+
+class Feed(Protocol):
+    """Batches of one worker."""
+
+    def batches(self, start: int, stop: int) -> Iterator[PairBatch]:
+        """The batches of steps start..stop-1, in order; the same whenever asked for."""
+        ...
+
+
+class MemoryFeed:
+    """A split in memory; any step can be asked for."""
+
+    def __init__(
+        self, rows: PairRows, order: StepOrder, settings: BatchSettings, *, rank: int = 0, world: int = 1
+    ) -> None:
+        self._rows, self._order, self._settings = rows, order, settings
+        self._rank, self._world = rank, world
+
+    def batches(self, start: int, stop: int) -> Iterator[PairBatch]:
+        for step in range(start, stop):
+            index = self._order.rows(step, rank=self._rank, world=self._world)
+            yield collate(self._rows, index, self._settings, epoch=self._order.epoch_of(step))
+
+
+@lru_cache(maxsize=2)
+def load_rows(prepared_uri: str, split: str) -> PairRows:
+    """A split as arrays; kept, because the trials of a sweep share a process and the data."""
+    prepared = Prepared.open(prepared_uri)
+    return PairRows(prepared.table(split), prepared.image_size)
+
+
+def train_order(prepared: Prepared, *, batch_size: int, seed: int) -> StepOrder:
+    """Order of the training rows."""
+    shards = prepared.manifest["splits"]["train"]["shards"]
+    return StepOrder(tuple(int(shard["rows"]) for shard in shards), batch_size, seed)
+
+
+def fits_in_memory(prepared: Prepared) -> bool:
+    return prepared.num_rows("train") * prepared.image_size**2 * 3 <= MEMORY_LIMIT_BYTES

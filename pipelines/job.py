@@ -1,0 +1,69 @@
+"""One training run as data: what a worker, a Tune trial or a plain process needs to carry it out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipelines import storage
+from pipelines.config import Config, validate_tree
+
+# What may change between an interrupted run and its continuation without changing the result.
+_FREE = {
+    "output": None,
+    "prepared": None,
+    "ray_address": None,
+    "sweep": None,
+    "train": {"num_workers", "cpus_per_worker", "device", "feed", "log_every", "checkpoint_every", "max_failures"},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a sweep, or a single one.
+
+    Attributes:
+        root: run root, local or S3.
+        run_id: folder of the run below `<root>/runs`.
+        kind: trial, best, default or single.
+        sweep: name of the sweep for the result files.
+        prepared: location of the prepared data.
+        dataset: name for the result files.
+        tree: the resolved configuration.
+        params: searched values by config path.
+        number: of the trial; None for other kinds.
+    """
+
+    root: str
+    run_id: str
+    kind: str
+    sweep: str
+    prepared: str
+    dataset: str
+    tree: dict[str, Any]
+    params: dict[str, Any]
+    number: int | None = None
+
+    @property
+    def config(self) -> Config:
+        return validate_tree(self.tree)
+
+    @property
+    def folder(self) -> str:
+        return storage.join(self.root, "runs", self.run_id)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def identity(tree: dict[str, Any]) -> str:
+    """Hash of everything in a configuration that decides a run's result."""
+    kept = {}
+    for key, value in tree.items():
+        free = _FREE.get(key, set())
+        if free is None:
+            continue
+        kept[key] = {k: v for k, v in value.items() if k not in free} if isinstance(value, dict) else value
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,58 @@
+"""Random numbers that are a function of keys, not of a generator's state.
+
+A draw depends on (seed, epoch, row, purpose) only, so a retried task, another worker count or a resume
+gives the same pixels, texts and masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Constants of the SplitMix64 generator (Steele, Lea and Flood 2014).
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2: Final = np.uint64(0x94D049BB133111EB)
+
+
+class Purpose(IntEnum):
+    """What a draw is for; draws for different purposes are independent."""
+
+    TEXT = 1
+    CROP = 2
+    TEACHER_CROP = 3
+    SELECTION = 4
+
+
+def text_key(text: str) -> int:
+    """A 63-bit hash of a string, the same on every machine."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def keyed_uniform(
+    keys: NDArray[np.int64], *, seed: int, epoch: int, purpose: Purpose, stream: int = 0, count: int = 1
+) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) for each key, [B, count].
+
+    Args:
+        keys: of the rows, int64 [B].
+        stream: separates draws for the same purpose, such as views.
+    """
+    state = keys.astype(np.uint64)
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2^64 on purpose
+        for salt in (seed, epoch, int(purpose), stream):
+            state = _mix(state ^ (np.uint64(salt & 0xFFFFFFFFFFFFFFFF) * _GOLDEN + _GOLDEN))
+        counters = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+        bits = _mix(state[:, None] + counters[None, :])
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * _MIX_1
+    z = (z ^ (z >> np.uint64(27))) * _MIX_2
+    return z ^ (z >> np.uint64(31))

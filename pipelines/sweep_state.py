@@ -1,0 +1,276 @@
+"""What a sweep has done, is doing and will do: a queue of jobs rebuilt from the run records.
+
+Trials of all methods take turns; as soon as a method's budget is used, its best configuration is re-run
+with fresh seeds. Untuned defaults run with the same seeds. Nothing here knows Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines import storage
+from pipelines.config import Config, Tree
+from pipelines.job import Job, identity
+from pipelines.results import Store
+from pipelines.run_record import RunRecord
+from pipelines.spaces import Space, apply_params, default_params, distributions, method_tree, space_of
+from pipelines.studies import MethodStudy, open_storage
+
+
+class SweepMismatchError(ValueError):
+    """The output holds a sweep with another configuration."""
+
+
+@dataclasses.dataclass
+class _Method:
+    """A method's part of the sweep."""
+
+    tree: Tree
+    space: Space
+    study: MethodStudy
+    num_asked: int = 0
+    num_done: int = 0
+    has_final_jobs: bool = False
+
+
+class SweepState:
+    """The queue of a sweep; `next_job` hands out work, `on_*` book what came of it."""
+
+    def __init__(self, config: Config, *, name: str, prepared: str, dataset: str) -> None:
+        """Read what is done below `config.output` and queue the rest.
+
+        Raises:
+            ValueError: a bad search space.
+            SweepMismatchError: the output belongs to another sweep.
+        """
+        self.config, self.name = config, name
+        self._prepared, self._dataset = prepared, dataset
+        self._records = _read_records(config.output)
+        self._queue: deque[Job] = deque()
+        self._running: dict[str, Job] = {}
+        optuna_storage = open_storage(config.output, config.sweep.methods)
+        self._methods = {method: self._open(method, optuna_storage) for method in config.sweep.methods}
+        for method in self._methods:
+            self._restore(method)
+        for method in self._methods:
+            self._queue_defaults(method)
+
+    @property
+    def num_jobs(self) -> int:
+        """All jobs of the sweep, done ones included."""
+        sweep = self.config.sweep
+        per_method = sweep.num_trials + len(sweep.seeds) + min(sweep.num_default_seeds, len(sweep.seeds))
+        return per_method * len(self._methods)
+
+    @property
+    def num_done(self) -> int:
+        return sum(record["state"] != "running" for record in self._records.values())
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True when nothing is queued, running or still to come."""
+        return (
+            not self._queue
+            and not self._running
+            and all(method.has_final_jobs for method in self._methods.values())
+        )
+
+    def next_job(self) -> Job | None:
+        """A job to start now; None when everything left waits for something running."""
+        for method in self._methods:
+            self._queue_final(method)
+        job = self._queue.popleft() if self._queue and self._queue[0].kind != "default" else None
+        job = job or self._next_trial() or (self._queue.popleft() if self._queue else None)
+        if job is not None:
+            self._running[job.run_id] = job
+        return job
+
+    def should_stop(self, run_id: str, step: int, value: float | None) -> bool:
+        """Book an intermediate value of a running job; True stops it early."""
+        job = self._running[run_id]
+        if job.kind != "trial" or job.number is None or value is None:
+            return False
+        if step >= self.config.train.steps:
+            return False
+        return self._methods[job.config.method.name].study.should_stop(job.number, step, value)
+
+    def on_end(self, run_id: str, state: str, *, error: str | None = None) -> Mapping[str, Any]:
+        """Book the end of a job and return its record.
+
+        Args:
+            state: `complete`; `pruned` and `failed` also finish the record, whose process is gone.
+        """
+        job = self._running.pop(run_id)
+        record = _read_record(self.config.output, run_id)
+        values = selection_values(self.config.output, run_id)
+        if record is None or record["state"] == "running":
+            record = self._finish_record(job, record, state, values, error)
+        self._records[run_id] = record
+        if job.kind == "trial" and job.number is not None:
+            method = self._methods[record["method"]]
+            method.num_done += 1
+            final = values[max(values)] if values else None
+            method.study.finish(job.number, record["state"], final)
+        return record
+
+    def running(self, run_id: str) -> Job:
+        return self._running[run_id]
+
+    def _open(self, method: str, optuna_storage: Any) -> _Method:
+        tree, space = method_tree(self.config, method), space_of(self.config, method)
+        # Each method has a stream of its own: adding a method leaves the others' trials as they are.
+        digest = hashlib.sha256(f"{self.config.sweep.seed}/{method}".encode()).digest()
+        study = MethodStudy(
+            method,
+            distributions(space),
+            default_params=default_params(tree, space),
+            pruner=self.config.sweep.pruner,
+            seed=int.from_bytes(digest[:4], "little"),
+            optuna_storage=optuna_storage,
+        )
+        return _Method(tree, space, study)
+
+    def _restore(self, name: str) -> None:
+        """Book a method's finished trials and queue its interrupted ones."""
+        method = self._methods[name]
+        trials = [r for r in self._records.values() if r["method"] == name and r["kind"] == "trial"]
+        for record in sorted(trials, key=lambda r: r["number"]):
+            values = selection_values(self.config.output, record["run_id"])
+            method.num_asked = max(method.num_asked, record["number"] + 1)
+            if record["state"] == "running":
+                method.study.ask_again(record["number"], record["params"], values)
+                self._queue.append(self._job(name, "trial", record["params"], number=record["number"]))
+            else:
+                method.study.add_finished(record, values)
+                method.num_done += 1
+
+    def _next_trial(self) -> Job | None:
+        """The next trial of the method that is furthest behind."""
+        budget = self.config.sweep.num_trials
+        behind = [name for name, method in self._methods.items() if method.num_asked < budget]
+        if not behind:
+            return None
+        name = min(behind, key=lambda name: self._methods[name].num_asked)
+        method = self._methods[name]
+        number = method.num_asked
+        method.num_asked += 1
+        return self._job(name, "trial", method.study.ask(number), number=number)
+
+    def _queue_defaults(self, name: str) -> None:
+        sweep = self.config.sweep
+        params = default_params(self._methods[name].tree, self._methods[name].space)
+        for seed in sweep.seeds[: sweep.num_default_seeds]:
+            self._queue_unless_done(self._job(name, "default", params, seed=seed))
+
+    def _queue_final(self, name: str) -> None:
+        """Queue the best configuration's seeds once every trial of the method has ended."""
+        method = self._methods[name]
+        if method.has_final_jobs or method.num_done < self.config.sweep.num_trials:
+            return
+        method.has_final_jobs = True
+        params = method.study.best_params()
+        for seed in self.config.sweep.seeds:
+            self._queue_unless_done(self._job(name, "best", params, seed=seed))
+
+    def _queue_unless_done(self, job: Job) -> None:
+        record = self._records.get(job.run_id)
+        if record is None or record["state"] == "running":
+            self._queue.append(job)
+
+    def _job(
+        self, name: str, kind: str, params: Mapping[str, Any], *, number: int | None = None, seed: int | None = None
+    ) -> Job:
+        """A job whose run id says what it is; final runs carry a hash, since a longer sweep may find
+        another best."""
+        tree = apply_params(self._methods[name].tree, params)
+        tree["seed"] = self.config.seed if seed is None else seed
+        tag = f"t{number:03d}" if number is not None else f"{_short_hash(params)}-s{seed}"
+        return Job(
+            root=self.config.output,
+            run_id=f"{name}-{tag}" if kind == "trial" else f"{name}-{kind}-{tag}",
+            kind=kind,
+            sweep=self.name,
+            prepared=self._prepared,
+            dataset=self._dataset,
+            tree=tree,
+            params=dict(params),
+            number=number,
+        )
+
+    def _finish_record(
+        self,
+        job: Job,
+        record: Mapping[str, Any] | None,
+        state: str,
+        values: Mapping[int, float],
+        error: str | None,
+    ) -> dict[str, Any]:
+        """Write the final record of a process that was stopped or died."""
+        writer = RunRecord(self.config.output, job.run_id)
+        if record is None:
+            config = job.config
+            writer.start(
+                method=config.method.name,
+                kind=job.kind,
+                seed=config.seed,
+                params=job.params,
+                config=job.tree,
+                number=job.number,
+            )
+        lines = [line for line in _curve(self.config.output, job.run_id) if "loss" in line]
+        step = max([line["step"] for line in lines], default=0)
+        selection = None
+        if values:
+            last = max(values)
+            selection = {"metric": self.config.evaluation.main_metric, "value": values[last], "step": last}
+        writer.finish(
+            state,
+            seconds=lines[-1]["seconds"] if lines else 0.0,
+            steps=step,
+            samples_seen=step * self.config.train.batch_size,
+            selection=selection,
+            error=error,
+        )
+        found = _read_record(self.config.output, job.run_id)
+        assert found is not None
+        return found
+
+
+def sweep_identity(config: Config) -> str:
+    """Hash of what must not change between the sessions of a sweep; budgets and methods may grow."""
+    tree = config.tree()
+    sweep = {"space": config.sweep.space, "pruner": tree["sweep"]["pruner"], "seed": config.sweep.seed}
+    return hashlib.sha256((identity(tree) + json.dumps(sweep, sort_keys=True)).encode()).hexdigest()[:16]
+
+
+def selection_values(root: str, run_id: str) -> dict[int, float]:
+    """Values of the selection metric by step, as logged."""
+    return {
+        int(line["step"]): float(line["selection"]["value"])
+        for line in _curve(root, run_id)
+        if line.get("selection") and line["selection"]["value"] is not None
+    }
+
+
+def _curve(root: str, run_id: str) -> list[dict[str, Any]]:
+    return Store(root).curve(run_id) if _read_record(root, run_id) else []
+
+
+def _read_records(root: str) -> dict[str, dict[str, Any]]:
+    files = [f for f in storage.list_files(storage.join(root, "runs"), suffix="run.json")]
+    records = [storage.read_json(storage.join(root, "runs", file)) for file in files]
+    return {record["run_id"]: record for record in records}
+
+
+def _read_record(root: str, run_id: str) -> dict[str, Any] | None:
+    uri = storage.join(root, "runs", run_id, "run.json")
+    return storage.read_json(uri) if storage.exists(uri) else None
+
+
+def _short_hash(params: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(params), sort_keys=True).encode()).hexdigest()[:6]

@@ -1,0 +1,214 @@
+"""One optimiser step on one worker: teacher, token selection, loss, backward, step.
+
+No Ray here: this is what the parity tests drive with plain processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.gather import Gather, ProcessGroupGather, SingleProcess
+from models.outputs import PairBatch, TeacherOutputs
+from models.pair_model import LossReport, PairModel
+from models.recipe import MethodRecipe
+from models.schedules import cosine_with_warmup
+from models.teacher import EmaTeacher, select_tokens
+from models.towers import TowerSettings, build_clip
+from pipelines.config import TrainConfig
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient is no finite number; training on would destroy the weights."""
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """What the text tower must know of the tokenizer."""
+
+    vocab_size: int
+    pad_id: int
+    start_id: int
+    end_id: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did; tensors are read only when a line is logged."""
+
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    diagnostics: Mapping[str, Tensor]
+    grad_norm: Tensor
+    lr: float
+
+    def as_line(self) -> dict[str, Any]:
+        """Plain numbers for the run record."""
+        return {
+            "loss": float(self.loss),
+            "terms": {name: float(value) for name, value in self.terms.items()},
+            "diagnostics": {name: float(value) for name, value in self.diagnostics.items()},
+            "grad_norm": float(self.grad_norm),
+            "lr": self.lr,
+        }
+
+
+class Trainer:
+    """A method's model, teacher and optimiser, and the step that moves them."""
+
+    def __init__(
+        self,
+        recipe: MethodRecipe,
+        towers: TowerSettings,
+        text: TextSpec,
+        train: TrainConfig,
+        *,
+        seed: int,
+        gather: Gather | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Build everything from a seed; every worker builds the same weights.
+
+        Args:
+            gather: over the workers of a process group; None for one process.
+        """
+        self.recipe, self.train = recipe, train
+        self.gather: Gather = gather or SingleProcess()
+        self.device = device or torch.device("cpu")
+        self.step = 0
+        # Initial weights come from the seed alone, not from what ran before in this process.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            clip = build_clip(
+                towers,
+                vocab_size=text.vocab_size,
+                pad_id=text.pad_id,
+                start_id=text.start_id,
+                end_id=text.end_id,
+            )
+            self.model = PairModel(clip, recipe).to(self.device)
+        self.teacher: EmaTeacher | None = None
+        if recipe.needs_teacher:
+            self.teacher = EmaTeacher(
+                self.model.vision, self.model.byol_projector, decay=recipe.teacher.decay
+            ).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(self.model, train.weight_decay),
+            lr=train.lr,
+            betas=train.betas,
+            eps=train.eps,
+            fused=True,
+        )
+        self._parallel: nn.Module = self.model
+        if isinstance(self.gather, ProcessGroupGather) and self.gather.world > 1:
+            self._parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
+
+    def run_step(self, batch: PairBatch) -> StepReport:
+        """One step on this worker's part of the global batch.
+
+        Raises:
+            NonFiniteLossError: naming step, method and each term.
+        """
+        lr = cosine_with_warmup(
+            self.step + 1,
+            total_steps=self.train.steps + 1,
+            warmup_steps=self.train.warmup_steps,
+            base=self.train.lr,
+            final=self.train.lr * self.train.final_lr_share,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        report = self.backward(batch)
+        grad_norm = self._clip()
+        self._refuse_non_finite(report, grad_norm)
+        self.optimizer.step()
+        self.model.clamp_temperatures()
+        self.step += 1
+        return StepReport(report.loss.detach(), report.terms, report.diagnostics, grad_norm, lr)
+
+    def backward(self, batch: PairBatch) -> LossReport:
+        """Gradients of the global loss in the model's parameters, averaged over workers."""
+        batch = batch.to(self.device)
+        teacher = self._teach(batch)
+        kept = self._select(batch, teacher)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            report: LossReport = self._parallel(batch, kept, teacher, self.gather)
+        report.loss.backward()
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to take the same next step."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+
+    def _teach(self, batch: PairBatch) -> TeacherOutputs | None:
+        if self.teacher is None:
+            return None
+        # A-CLIP's order: the teacher follows at the start of a step, then scores, then the model trains.
+        self.teacher.follow(
+            self.model.vision, self.model.byol_projector, step=self.step, total_steps=self.train.steps
+        )
+        with self._autocast():
+            outputs: TeacherOutputs = self.teacher(batch)
+        return outputs
+
+    def _select(self, batch: PairBatch, teacher: TeacherOutputs | None) -> Tensor | None:
+        selection = self.recipe.selection
+        if selection.kind == "none":
+            return None
+        is_warm = self.step >= selection.warmup_share * self.train.steps
+        per_view = [
+            select_tokens(
+                selection,
+                scores=teacher.token_scores[view] if teacher is not None and is_warm else None,
+                noise=noise,
+                grid=self.model.vision.grid,
+            )
+            for view, noise in enumerate(batch.selection_noise)
+        ]
+        return torch.stack([kept for kept in per_view if kept is not None])
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.train.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _clip(self) -> Tensor:
+        limit = self.train.max_grad_norm if self.train.max_grad_norm is not None else float("inf")
+        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def _refuse_non_finite(self, report: LossReport, grad_norm: Tensor) -> None:
+        if torch.isfinite(report.loss) and torch.isfinite(grad_norm):
+            return
+        terms = ", ".join(f"{name}={float(value):g}" for name, value in report.terms.items())
+        raise NonFiniteLossError(
+            f"step {self.step} of method '{self.recipe.name}': loss {float(report.loss):g}, gradient norm "
+            f"{float(grad_norm):g}; terms: {terms}. Lower train.lr or raise the temperature"
+        )
+
+
+def _decay_groups(model: PairModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: not on biases, norms, temperatures, class and position embeddings."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and "position_embedding" not in name and "token_embedding" not in name
+        (decayed if is_matrix else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
