@@ -39,4 +39,5 @@ def effective_patterns(state: Tensor, stored: Tensor, *, beta: float) -> Tensor:
     whenever the global batch changes, since beta means something else then.
     """
     association_QM = torch.softmax(beta * state @ stored.T, dim=1)
-    return torch.special.entr(association_QM).sum(1).mean().exp()
+    entropy_Q: Tensor = torch.special.entr(association_QM).sum(1)
+    return entropy_Q.mean().exp()

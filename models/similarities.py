@@ -126,9 +126,7 @@ def pool_regions(similarity_BPN: Tensor, pool: RegionPool) -> Tensor:
     raise ValueError(f"region_pool.kind={pool.kind} pools no regions")
 
 
-def _valid_candidates(
-    exclude: str, batch: PairBatch, positive: Tensor, gather: Gather
-) -> Tensor | None:
+def _valid_candidates(exclude: str, batch: PairBatch, positive: Tensor, gather: Gather) -> Tensor | None:
     if exclude == "nothing":
         return None
     keys = batch.group_keys if exclude == "same_group" else batch.text_keys

@@ -32,7 +32,9 @@ class EmaTeacher(nn.Module):
         self.projector = None if projector is None else make_teacher(projector)
         self.decay = decay
 
-    def follow(self, vision: VisionTower, projector: nn.Module | None, *, step: int, total_steps: int) -> None:
+    def follow(
+        self, vision: VisionTower, projector: nn.Module | None, *, step: int, total_steps: int
+    ) -> None:
         """Move towards the online weights, with the decay of `step`."""
         decay = ema_decay(step, total_steps, self.decay)
         update_teacher_(self.vision, vision, decay)

@@ -81,7 +81,9 @@ class VisionTokens:
     class_attention: tuple[Tensor, ...] = ()
 
 
-def build_clip(settings: TowerSettings, *, vocab_size: int, pad_id: int, start_id: int, end_id: int) -> CLIPModel:
+def build_clip(
+    settings: TowerSettings, *, vocab_size: int, pad_id: int, start_id: int, end_id: int
+) -> CLIPModel:
     """A CLIP model with random weights, or the one in `settings.pretrained`.
 
     Raises:
