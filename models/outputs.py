@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision raised to float32; every other type stays, float64 above all."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """One worker's share of a global batch; everything random in it was drawn from row keys.
@@ -63,12 +68,7 @@ class PairOutputs:
 
     def float(self) -> PairOutputs:
         """The same in float32 (float64 stays), for tables and losses under bf16 autocast."""
-        converted = {
-            f.name: value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-            for f in fields(self)
-            for value in [getattr(self, f.name)]
-        }
-        return replace(self, **converted)
+        return replace(self, **{f.name: at_least_float32(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.crops import crop_images
 from models.gather import Gather
 from models.heads import Predictor, Projector, SimCLRProjector, byol_rows, simclr_rows
-from models.outputs import PairBatch, PairOutputs, TeacherOutputs
+from models.outputs import PairBatch, PairOutputs, TeacherOutputs, at_least_float32
 from models.recipe import MethodRecipe, TableRecipe
 from models.regularisers import TokenEntropies, matched_similarities, token_entropies
 from models.similarities import PairFeatures, gather_features, pair_tables, retrieval_diagnostics
@@ -83,15 +83,15 @@ class PairModel(nn.Module):
         patches = self.visual_projection(tokens.patches)  # type: ignore[operator]
         if self.recipe.features.image == "patch_mean":
             pooled = tokens.patches.mean(1)
-            return F.normalize(patches.float().mean(1), dim=1), patches, pooled
+            return F.normalize(at_least_float32(patches).mean(1), dim=1), patches, pooled
         embeds = self.visual_projection(tokens.pooled)  # type: ignore[operator]
-        return F.normalize(embeds.float(), dim=1), patches, tokens.pooled
+        return F.normalize(at_least_float32(embeds), dim=1), patches, tokens.pooled
 
     def encode_texts(self, token_ids: Tensor, is_real_token: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings [B, D] and every position in the joint space [B, T, D]."""
         pooled, tokens = self.text(token_ids, is_real_token)
         embeds = self.text_projection(pooled)  # type: ignore[operator]
-        return F.normalize(embeds.float(), dim=1), self.text_projection(tokens)  # type: ignore[operator]
+        return F.normalize(at_least_float32(embeds), dim=1), self.text_projection(tokens)  # type: ignore[operator]
 
     def encode(self, batch: PairBatch, kept: Tensor | None) -> PairOutputs:
         """Encode every view of a batch; `kept` is [V, B, K] or None."""
@@ -145,8 +145,9 @@ class PairModel(nn.Module):
         temperature = self.recipe.tables[table].temperature
         name = "main" if temperature.policy == "shared" else table
         if name in self.log_inverse_temperatures:
-            return self.log_inverse_temperatures[name].exp().to(like.dtype)
-        return torch.tensor(1 / self.recipe.tables[name].temperature.init, device=like.device, dtype=like.dtype)
+            logarithm: Tensor = self.log_inverse_temperatures[name]
+            return logarithm.exp().to(like.dtype)
+        return like.new_tensor(1 / self.recipe.tables[name].temperature.init)
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
@@ -168,9 +169,7 @@ class PairModel(nn.Module):
         per_view = []
         for patches in outputs.image_tokens:
             similarities = matched_similarities(outputs.text_tokens, patches)
-            entropies = token_entropies(
-                similarities, temperature=settings.temperature, is_real_token=is_real
-            )
+            entropies = token_entropies(similarities, temperature=settings.temperature, is_real_token=is_real)
             per_view.append(TokenEntropies.from_tensor(gather(entropies.as_tensor())).reduce())
         over_patches = torch.stack([means.over_patches for means in per_view]).mean()
         over_tokens = torch.stack([means.over_tokens for means in per_view]).mean()
