@@ -1,0 +1,285 @@
+"""The first stage: pairs -> checked, squared, tokenised shards, a quarantine and a manifest.
+
+Two passes over the same pieces, each a Ray Data job: the first reads ids and texts (repeated ids, words for
+the tokenizer), the second decodes and writes. Shards are written inside tasks, so pixels never pass through
+the driver. A piece's shards depend on the piece alone: any number of workers writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.prepared import MANIFEST, MANIFEST_VERSION
+from pipelines.schemas import QUARANTINE, SPLITS
+from pipelines.shards import PieceReport, ShardSettings, ShardWriter, clean_texts
+from pipelines.sources.open_source import open_source
+from pipelines.sources.source import PairSource, Piece, SourceSettings, piece_dataset
+from pipelines.storage import join, publish_json, refuse_existing, write_bytes, write_table
+from pipelines.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer, train_tokenizer, word_counts
+
+# Called as (stage, rows done, rows in all).
+Progress = Callable[[str, int, int], None]
+
+TOKENIZER_FILE = "tokenizer.json"
+QUARANTINE_FILE = "quarantine.parquet"
+
+# Decoding keeps a core busy, and there is no second stage in these jobs that could starve: half a core per
+# task would start twice the worker processes for the same work.
+_TASK_CPUS = 1
+
+
+class PrepareSettings(SourceSettings, Protocol):
+    """The data config as this stage sees it."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def tokenizer(self) -> str | None: ...
+    @property
+    def max_quarantined_share(self) -> float: ...
+
+
+@dataclasses.dataclass
+class _Survey:
+    """What the first pass learnt: rows, repeats by piece, words of the training texts."""
+
+    num_rows: int
+    num_train: int
+    duplicates: dict[int, list[int]]
+    words: Counter[str]
+
+
+def prepare(
+    config: PrepareSettings, output_uri: str, *, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """Prepare the data a config names, at a location without a manifest.
+
+    What a run without manifest left behind is written over. Every input row ends in a shard or in
+    `quarantine.parquet`, with its reason.
+
+    Returns:
+        The manifest, which is also written last as `manifest.json`.
+
+    Raises:
+        AlreadyExistsError: there is a manifest already; `read_manifest` opens it.
+        ValueError: the source cannot be opened (see `open_source`), the tokenizer cannot be built, more than
+            `max_quarantined_share` of the rows are unusable, or fewer than 2 training rows are left.
+    """
+    refuse_existing(join(output_uri, MANIFEST))
+    report_progress = on_progress or (lambda stage, done, total: None)
+    tokenizer = _given_tokenizer(config)
+    source = open_source(config)
+    pieces = source.pieces()
+    survey = _survey(source, pieces=pieces, on_progress=report_progress)
+    _check_train_rows(survey.num_train, where=config.source)
+    tokenizer = tokenizer or train_tokenizer(
+        survey.words, vocab_size=config.vocab_size, max_tokens=config.max_tokens
+    )
+    settings = ShardSettings(
+        output_uri, config.image_size, config.rows_per_shard, config.max_tokens, tokenizer.to_bytes()
+    )
+    reports = _write(source, pieces=pieces, survey=survey, settings=settings, on_progress=report_progress)
+    quarantine = _write_quarantine(reports, config=config, output_uri=output_uri)
+    manifest = _manifest(reports, config=config, source=source, tokenizer=tokenizer, quarantine=quarantine)
+    _check_train_rows(manifest["splits"]["train"]["rows"], where=config.source)
+    write_bytes(join(output_uri, TOKENIZER_FILE), settings.tokenizer_json)
+    publish_json(join(output_uri, MANIFEST), manifest)
+    return manifest
+
+
+def _given_tokenizer(config: PrepareSettings) -> TextTokenizer | None:
+    """The tokenizer a config names; None when one is to be trained, whose settings are checked here."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer, max_tokens=config.max_tokens)
+    check_vocab_size(config.vocab_size)
+    return None
+
+
+def _survey(source: PairSource, *, pieces: list[Piece], on_progress: Progress) -> _Survey:
+    def read_texts(batch: pa.Table) -> Iterator[pa.Table]:
+        for number in batch["piece"].to_pylist():
+            yield _piece_texts(source, pieces[number])
+
+    words: Counter[str] = Counter()
+    row_ids: dict[int, pa.Array] = {}
+    num_train = num_seen = 0
+    for found in _results(pieces, read_texts):
+        number = found["piece"][0].as_py()
+        row_ids[number] = found["row_ids"].combine_chunks().flatten()
+        words.update(json.loads(found["words"][0].as_py()))
+        num_train += found["num_train"][0].as_py()
+        num_seen += pieces[number].num_rows
+        on_progress("reading texts", num_seen, sum(piece.num_rows for piece in pieces))
+    num_rows = sum(len(ids) for ids in row_ids.values())
+    return _Survey(num_rows, num_train, _duplicates([row_ids[piece.number] for piece in pieces]), words)
+
+
+def _piece_texts(source: PairSource, piece: Piece) -> pa.Table:
+    """One row: the ids of a piece, and the words and number of its usable training rows."""
+    words: Counter[str] = Counter()
+    row_ids: list[str] = []
+    num_train = 0
+    for table in source.read(piece, with_images=False):
+        row_ids += table["row_id"].to_pylist()
+        for row in table.select(["split", "captions", "sentences"]).to_pylist():
+            captions = clean_texts(row["captions"])
+            if row["split"] == "train" and captions:
+                num_train += 1
+                words.update(word_counts(captions + clean_texts(row["sentences"])))
+    values = [[piece.number], [row_ids], [json.dumps(words, sort_keys=True)], [num_train]]
+    types = [pa.int64(), pa.large_list(pa.large_string()), pa.large_string(), pa.int64()]
+    arrays = [pa.array(value, type_) for value, type_ in zip(values, types, strict=True)]
+    return pa.table(arrays, names=["piece", "row_ids", "words", "num_train"])
+
+
+def _duplicates(row_ids: list[pa.Array]) -> dict[int, list[int]]:
+    """Per piece, the positions of rows whose id came before, in this piece or an earlier one."""
+    codes = (
+        pa.chunked_array(row_ids, pa.large_string()).combine_chunks().dictionary_encode().indices.to_numpy()
+    )
+    # Codes count up in the order of first appearance, so a row is the first of its id exactly when its
+    # code is higher than every code before it.
+    highest_before = np.maximum.accumulate(np.concatenate([[-1], codes[:-1]]))
+    is_repeated = codes <= highest_before
+    ends = np.cumsum([len(ids) for ids in row_ids])
+    parts = np.split(is_repeated, ends[:-1])
+    return {number: np.flatnonzero(part).tolist() for number, part in enumerate(parts) if part.any()}
+
+
+def _write(
+    source: PairSource,
+    *,
+    pieces: list[Piece],
+    survey: _Survey,
+    settings: ShardSettings,
+    on_progress: Progress,
+) -> list[PieceReport]:
+    first_shards = _first_shards(pieces, rows_per_shard=settings.rows_per_shard)
+    duplicates = survey.duplicates
+
+    def write_piece(batch: pa.Table) -> Iterator[pa.Table]:
+        for number in batch["piece"].to_pylist():
+            writer = ShardWriter(settings, piece=number, first_shard=first_shards[number])
+            repeated = frozenset(duplicates.get(number, []))
+            for table in source.read(pieces[number]):
+                writer.add(table.to_pylist(), duplicates=repeated)
+            yield pa.table({"report": [json.dumps(vars(writer.close()))]})
+
+    reports: list[PieceReport] = []
+    num_seen = 0
+    for found in _results(pieces, write_piece):
+        reports.append(PieceReport(**json.loads(found["report"][0].as_py())))
+        num_seen += reports[-1].num_rows
+        on_progress("writing shards", num_seen, survey.num_rows)
+    if num_seen != survey.num_rows:
+        raise ValueError(f"the source changed while it was read: {survey.num_rows} rows, then {num_seen}")
+    return sorted(reports, key=lambda report: report.piece)
+
+
+def _results(pieces: list[Piece], task: Callable[[pa.Table], Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """One table of one row per piece, in the order they get done."""
+    dataset = piece_dataset(pieces).map_batches(
+        task, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS
+    )
+    # A dataset has its own copy of the context. Reserving memory for other operators keeps cores idle when
+    # there is only one.
+    dataset.context.op_resource_reservation_enabled = False
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in range(len(batch)):
+            yield batch.slice(row, 1)
+
+
+def _first_shards(pieces: list[Piece], *, rows_per_shard: int) -> list[int]:
+    """The shard number each piece starts at: room for all its rows in one split."""
+    numbers, number = [], 0
+    for piece in pieces:
+        numbers.append(number)
+        number += -(-piece.num_rows // rows_per_shard)
+    return numbers
+
+
+def _write_quarantine(
+    reports: list[PieceReport], *, config: PrepareSettings, output_uri: str
+) -> dict[str, int]:
+    """Write the unusable rows and return their number per reason."""
+    rows = [row for report in reports for row in report.quarantined]
+    place = join(output_uri, QUARANTINE_FILE)
+    write_table(place, pa.Table.from_pylist(rows, schema=QUARANTINE))
+    counts = dict(sorted(Counter(row["reason"] for row in rows).items()))
+    num_rows = sum(report.num_rows for report in reports)
+    if len(rows) > config.max_quarantined_share * num_rows:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+        raise ValueError(
+            f"{len(rows)} of {num_rows} rows are unusable ({reasons}), more than "
+            f"data.max_quarantined_share={config.max_quarantined_share}; they are listed in '{place}'"
+        )
+    return counts
+
+
+def _manifest(
+    reports: list[PieceReport],
+    *,
+    config: PrepareSettings,
+    source: PairSource,
+    tokenizer: TextTokenizer,
+    quarantine: dict[str, int],
+) -> dict[str, Any]:
+    shards = {
+        split: [
+            {key: shard[key] for key in ("path", "rows", "sha256")}
+            for report in reports
+            for shard in report.shards
+            if shard["split"] == split
+        ]
+        for split in SPLITS
+    }
+    hashes = [f"{shard['path']} {shard['sha256']}" for split in SPLITS for shard in shards[split]]
+    label_counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    for report in reports:
+        for split, counts in report.label_counts.items():
+            label_counts[split].update(counts)
+    return {
+        "schema_version": MANIFEST_VERSION,
+        "image_size": config.image_size,
+        "splits": {
+            split: {"rows": sum(shard["rows"] for shard in listed), "shards": listed}
+            for split, listed in shards.items()
+        },
+        "sources": sorted({name for report in reports for name in report.sources}),
+        "class_names": sorted({name for report in reports for name in report.class_names}),
+        "label_counts": {split: dict(sorted(counts.items())) for split, counts in label_counts.items()},
+        "quarantine": quarantine,
+        "num_rows_in": sum(report.num_rows for report in reports),
+        "tokenizer": TOKENIZER_FILE,
+        "vocab_size": tokenizer.vocab_size,
+        "max_caption_tokens": max(report.max_caption_tokens for report in reports),
+        "config": _plain(config),
+        "source_identity": source.identity,
+        "data_sha": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+    }
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A pydantic model or a dataclass as plain values."""
+    dump = getattr(config, "model_dump", None)
+    plain: dict[str, Any] = dump(mode="json") if dump else dataclasses.asdict(config)
+    return plain
+
+
+def _check_train_rows(num_rows: int, *, where: str) -> None:
+    if num_rows < 2:
+        raise ValueError(
+            f"{where}: contrastive training needs at least 2 usable rows in the train split, found {num_rows}"
+        )

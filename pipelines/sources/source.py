@@ -1,0 +1,114 @@
+"""What every source of pairs offers: a plan of pieces, read inside Ray tasks.
+
+The plan is made on the driver from sizes alone and never depends on how many workers there are; that is
+what makes everything downstream independent of parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray.data
+
+# Reading waits for storage most of the time, and a whole core per task would starve the stages that
+# share the machine.
+READ_CPUS = 0.5
+
+
+class ColumnNames(Protocol):
+    """Where a file keeps each column of `schemas.PAIRS`; None: it has no such column."""
+
+    @property
+    def id(self) -> str | None: ...
+    @property
+    def image(self) -> str: ...
+    @property
+    def caption(self) -> str | None: ...
+    @property
+    def captions(self) -> str | None: ...
+    @property
+    def sentences(self) -> str | None: ...
+    @property
+    def labels(self) -> str | None: ...
+    @property
+    def class_name(self) -> str | None: ...
+    @property
+    def group(self) -> str | None: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def boxes(self) -> str | None: ...
+
+
+class SourceSettings(Protocol):
+    """The part of the data config that sources read."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def columns(self) -> ColumnNames: ...
+    @property
+    def where(self) -> Mapping[str, list[str]]: ...
+    @property
+    def split_names(self) -> Mapping[str, str]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def num_train(self) -> int: ...
+    @property
+    def num_selection(self) -> int: ...
+    @property
+    def num_test(self) -> int: ...
+    @property
+    def rows_per_shard(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One task's worth of input, about `rows_per_shard` rows in the order of the input.
+
+    `num_rows` is an upper bound: a row filter may leave fewer. `spec` is the source's own business.
+    """
+
+    number: int
+    num_rows: int
+    spec: Any
+
+
+class PairSource(Protocol):
+    """Rows of `schemas.PAIRS`, in pieces. Sent to workers whole, so it holds no open file."""
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the rows may have changed; part of the address of what is made from them."""
+        ...
+
+    def pieces(self) -> list[Piece]: ...
+
+    def read(self, piece: Piece, *, with_images: bool = True) -> Iterator[pa.Table]:
+        """The rows of a piece, some hundred at a time, always cut the same way.
+
+        Without images the column `image` is absent and no pixel is read.
+        """
+        ...
+
+
+def piece_dataset(pieces: list[Piece]) -> ray.data.Dataset:
+    """A dataset with one block per piece, column `piece` holding its number."""
+    return ray.data.from_items([{"piece": piece.number} for piece in pieces], override_num_blocks=len(pieces))
+
+
+def pair_dataset(source: PairSource) -> ray.data.Dataset:
+    """The pairs of a source as a Ray dataset in `schemas.PAIRS`, one read task per piece."""
+    pieces = source.pieces()
+
+    def read(batch: pa.Table) -> Iterator[pa.Table]:
+        for number in batch["piece"].to_pylist():
+            yield from source.read(pieces[number])
+
+    return piece_dataset(pieces).map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS)
