@@ -11,29 +11,21 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 
 from pipelines.prepared import MANIFEST, MANIFEST_VERSION
 from pipelines.schemas import QUARANTINE, SPLITS
-from pipelines.shards import PieceReport, ShardSettings, ShardWriter, clean_texts
+from pipelines.shards import PieceReport, ShardSettings, ShardWriter
 from pipelines.sources.open_source import open_source
-from pipelines.sources.source import PairSource, Piece, SourceSettings, piece_dataset
+from pipelines.sources.source import PairSource, Piece, SourceSettings, map_pieces
 from pipelines.storage import join, publish_json, refuse_existing, write_bytes, write_table
-from pipelines.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer, train_tokenizer, word_counts
-
-# Called as (stage, rows done, rows in all).
-Progress = Callable[[str, int, int], None]
+from pipelines.survey import Progress, Survey, survey_texts
+from pipelines.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer, train_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 QUARANTINE_FILE = "quarantine.parquet"
-
-# Decoding keeps a core busy, and there is no second stage in these jobs that could starve: half a core per
-# task would start twice the worker processes for the same work.
-_TASK_CPUS = 1
 
 
 class PrepareSettings(SourceSettings, Protocol):
@@ -49,16 +41,6 @@ class PrepareSettings(SourceSettings, Protocol):
     def tokenizer(self) -> str | None: ...
     @property
     def max_quarantined_share(self) -> float: ...
-
-
-@dataclasses.dataclass
-class _Survey:
-    """What the first pass learnt: rows, repeats by piece, words of the training texts."""
-
-    num_rows: int
-    num_train: int
-    duplicates: dict[int, list[int]]
-    words: Counter[str]
 
 
 def prepare(
@@ -82,7 +64,7 @@ def prepare(
     tokenizer = _given_tokenizer(config)
     source = open_source(config)
     pieces = source.pieces()
-    survey = _survey(source, pieces=pieces, on_progress=report_progress)
+    survey = survey_texts(source, pieces=pieces, on_progress=report_progress)
     _check_train_rows(survey.num_train, where=config.source)
     tokenizer = tokenizer or train_tokenizer(
         survey.words, vocab_size=config.vocab_size, max_tokens=config.max_tokens
@@ -107,98 +89,33 @@ def _given_tokenizer(config: PrepareSettings) -> TextTokenizer | None:
     return None
 
 
-def _survey(source: PairSource, *, pieces: list[Piece], on_progress: Progress) -> _Survey:
-    def read_texts(batch: pa.Table) -> Iterator[pa.Table]:
-        for number in batch["piece"].to_pylist():
-            yield _piece_texts(source, pieces[number])
-
-    words: Counter[str] = Counter()
-    row_ids: dict[int, pa.Array] = {}
-    num_train = num_seen = 0
-    for found in _results(pieces, read_texts):
-        number = found["piece"][0].as_py()
-        row_ids[number] = found["row_ids"].combine_chunks().flatten()
-        words.update(json.loads(found["words"][0].as_py()))
-        num_train += found["num_train"][0].as_py()
-        num_seen += pieces[number].num_rows
-        on_progress("reading texts", num_seen, sum(piece.num_rows for piece in pieces))
-    num_rows = sum(len(ids) for ids in row_ids.values())
-    return _Survey(num_rows, num_train, _duplicates([row_ids[piece.number] for piece in pieces]), words)
-
-
-def _piece_texts(source: PairSource, piece: Piece) -> pa.Table:
-    """One row: the ids of a piece, and the words and number of its usable training rows."""
-    words: Counter[str] = Counter()
-    row_ids: list[str] = []
-    num_train = 0
-    for table in source.read(piece, with_images=False):
-        row_ids += table["row_id"].to_pylist()
-        for row in table.select(["split", "captions", "sentences"]).to_pylist():
-            captions = clean_texts(row["captions"])
-            if row["split"] == "train" and captions:
-                num_train += 1
-                words.update(word_counts(captions + clean_texts(row["sentences"])))
-    values = [[piece.number], [row_ids], [json.dumps(words, sort_keys=True)], [num_train]]
-    types = [pa.int64(), pa.large_list(pa.large_string()), pa.large_string(), pa.int64()]
-    arrays = [pa.array(value, type_) for value, type_ in zip(values, types, strict=True)]
-    return pa.table(arrays, names=["piece", "row_ids", "words", "num_train"])
-
-
-def _duplicates(row_ids: list[pa.Array]) -> dict[int, list[int]]:
-    """Per piece, the positions of rows whose id came before, in this piece or an earlier one."""
-    codes = (
-        pa.chunked_array(row_ids, pa.large_string()).combine_chunks().dictionary_encode().indices.to_numpy()
-    )
-    # Codes count up in the order of first appearance, so a row is the first of its id exactly when its
-    # code is higher than every code before it.
-    highest_before = np.maximum.accumulate(np.concatenate([[-1], codes[:-1]]))
-    is_repeated = codes <= highest_before
-    ends = np.cumsum([len(ids) for ids in row_ids])
-    parts = np.split(is_repeated, ends[:-1])
-    return {number: np.flatnonzero(part).tolist() for number, part in enumerate(parts) if part.any()}
-
-
 def _write(
     source: PairSource,
     *,
     pieces: list[Piece],
-    survey: _Survey,
+    survey: Survey,
     settings: ShardSettings,
     on_progress: Progress,
 ) -> list[PieceReport]:
     first_shards = _first_shards(pieces, rows_per_shard=settings.rows_per_shard)
     duplicates = survey.duplicates
 
-    def write_piece(batch: pa.Table) -> Iterator[pa.Table]:
-        for number in batch["piece"].to_pylist():
-            writer = ShardWriter(settings, piece=number, first_shard=first_shards[number])
-            repeated = frozenset(duplicates.get(number, []))
-            for table in source.read(pieces[number]):
-                writer.add(table.to_pylist(), duplicates=repeated)
-            yield pa.table({"report": [json.dumps(vars(writer.close()))]})
+    def write_piece(piece: Piece) -> pa.Table:
+        writer = ShardWriter(settings, piece=piece.number, first_shard=first_shards[piece.number])
+        repeated = frozenset(duplicates.get(piece.number, []))
+        for table in source.read(piece):
+            writer.add(table.to_pylist(), duplicates=repeated)
+        return pa.table({"report": [json.dumps(vars(writer.close()))]})
 
     reports: list[PieceReport] = []
     num_seen = 0
-    for found in _results(pieces, write_piece):
+    for found in map_pieces(pieces, write_piece):
         reports.append(PieceReport(**json.loads(found["report"][0].as_py())))
         num_seen += reports[-1].num_rows
         on_progress("writing shards", num_seen, survey.num_rows)
     if num_seen != survey.num_rows:
         raise ValueError(f"the source changed while it was read: {survey.num_rows} rows, then {num_seen}")
     return sorted(reports, key=lambda report: report.piece)
-
-
-def _results(pieces: list[Piece], task: Callable[[pa.Table], Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """One table of one row per piece, in the order they get done."""
-    dataset = piece_dataset(pieces).map_batches(
-        task, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS
-    )
-    # A dataset has its own copy of the context. Reserving memory for other operators keeps cores idle when
-    # there is only one.
-    dataset.context.op_resource_reservation_enabled = False
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in range(len(batch)):
-            yield batch.slice(row, 1)
 
 
 def _first_shards(pieces: list[Piece], *, rows_per_shard: int) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import pipelines.prepare
+import pipelines.survey
 from pipelines.config import DataConfig
 from pipelines.prepare import prepare
 from pipelines.prepared import Prepared, image_array, read_manifest
@@ -60,9 +61,10 @@ def one_by_one(monkeypatch):
 
     def results(pieces, task):
         for piece in reversed(pieces):
-            yield from task(pa.table({"piece": [piece.number]}))
+            yield task(piece)
 
-    monkeypatch.setattr(pipelines.prepare, "_results", results)
+    for module in (pipelines.prepare, pipelines.survey):
+        monkeypatch.setattr(module, "map_pieces", results)
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +303,19 @@ def test_reader_refuses_what_the_manifest_does_not_describe(one_by_one, tmp_path
     (uri / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
     with pytest.raises(ValueError, match="schema_version must be 1, found 99"):
         Prepared.open(str(uri))
+
+
+def test_later_copies_of_an_id_are_found_across_pieces():
+    pieces = [["a", "b", "a"], [], ["c", "b"], ["d"], ["d", "a", "e"]]
+    arrays = [pa.array(ids, pa.large_string()) for ids in pieces]
+    seen, expected = set(), {}
+    for number, ids in enumerate(pieces):
+        for position, row_id in enumerate(ids):
+            if row_id in seen:
+                expected.setdefault(number, []).append(position)
+            seen.add(row_id)
+    assert pipelines.survey.find_duplicates(arrays) == expected == {0: [2], 2: [1], 4: [0, 1]}
+    assert pipelines.survey.find_duplicates([pa.array(["a", "b"], pa.large_string())]) == {}
 
 
 def test_image_array_is_a_view_of_one_chunk_and_joins_several():

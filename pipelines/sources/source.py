@@ -6,7 +6,7 @@ what makes everything downstream independent of parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,10 @@ import ray.data
 # Reading waits for storage most of the time, and a whole core per task would starve the stages that
 # share the machine.
 READ_CPUS = 0.5
+
+# Decoding keeps a core busy, and a job of one stage has no other to starve: half a core per task would
+# start twice the worker processes for the same work.
+_PIECE_CPUS = 1
 
 
 class ColumnNames(Protocol):
@@ -98,7 +102,25 @@ class PairSource(Protocol):
         ...
 
 
-def piece_dataset(pieces: list[Piece]) -> ray.data.Dataset:
+def map_pieces(pieces: list[Piece], task: Callable[[Piece], pa.Table]) -> Iterator[pa.Table]:
+    """Run a task per piece on Ray; yields its tables, of one row each, in the order they get done."""
+
+    def run(batch: pa.Table) -> Iterator[pa.Table]:
+        for number in batch["piece"].to_pylist():
+            yield task(pieces[number])
+
+    dataset = _piece_dataset(pieces).map_batches(
+        run, batch_size=1, batch_format="pyarrow", num_cpus=_PIECE_CPUS
+    )
+    # A dataset has its own copy of the context. Reserving memory for other operators keeps cores idle when
+    # there is only one.
+    dataset.context.op_resource_reservation_enabled = False
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in range(len(batch)):
+            yield batch.slice(row, 1)
+
+
+def _piece_dataset(pieces: list[Piece]) -> ray.data.Dataset:
     """A dataset with one block per piece, column `piece` holding its number."""
     return ray.data.from_items([{"piece": piece.number} for piece in pieces], override_num_blocks=len(pieces))
 
@@ -111,4 +133,4 @@ def pair_dataset(source: PairSource) -> ray.data.Dataset:
         for number in batch["piece"].to_pylist():
             yield from source.read(pieces[number])
 
-    return piece_dataset(pieces).map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS)
+    return _piece_dataset(pieces).map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS)
