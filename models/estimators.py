@@ -98,18 +98,37 @@ class RelationKL:
         _need_negatives(table)
         if table.log_targets is None:
             raise ValueError("estimator 'relation_kl' needs soft targets; set targets.kind=soft")
-        is_negative = table.is_negative
-        log_q = table.log_targets.masked_fill(~is_negative, -torch.inf).log_softmax(1)
-        return _divergence(self.direction, log_q, table.scores.masked_fill(~is_negative, -torch.inf))
+        takes_part, is_counted = _negatives_or_all(table)
+        log_targets = table.log_targets.masked_fill(~is_counted[:, None], 0.0)
+        log_q = log_targets.masked_fill(~takes_part, -torch.inf).log_softmax(1)
+        scores = table.scores.masked_fill(~takes_part, -torch.inf)
+        rows = _divergence(self.direction, log_q, scores)[:, 0]
+        return torch.stack([rows * is_counted, is_counted.to(rows)], 1)
 
     def reduce(self, rows: Tensor) -> Tensor:
-        return rows[:, 0].mean()
+        return _mean_of_counted(rows)
 
 
 def _divergence(direction: str, log_targets: Tensor, scores: Tensor) -> Tensor:
     """Divergence per row, [Q, 1], between targets and the softmax of scores."""
     rows = kl_rows if direction == "forward" else symmetric_kl_rows
     return rows(log_targets, scores)[:, None]
+
+
+def _negatives_or_all(table: PairTable) -> tuple[Tensor, Tensor]:
+    """Columns to sum over [Q, C], and the rows that count [Q].
+
+    A row whose candidates are all excluded has no negatives. It leaves the mean; until then it sums over
+    every column, so that neither its value nor its gradient is infinite.
+    """
+    is_counted = table.is_negative.any(1)
+    return table.is_negative | ~is_counted[:, None], is_counted
+
+
+def _mean_of_counted(rows: Tensor) -> Tensor:
+    """Mean of [N, 2] values and counts; not a number when nothing counts."""
+    values, is_counted = rows.unbind(1)
+    return values.sum() / is_counted.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +144,12 @@ class InfoLOOB:
     def rows(self, table: PairTable) -> Tensor:
         _need_negatives(table)
         # Masked, not subtracted: exp(lse) - exp(positive) loses every digit once the positive dominates.
-        negatives = table.scores.masked_fill(~table.is_negative, -torch.inf)
-        return (negatives.logsumexp(1) - table.positive_scores)[:, None]
+        takes_part, is_counted = _negatives_or_all(table)
+        rows = table.scores.masked_fill(~takes_part, -torch.inf).logsumexp(1) - table.positive_scores
+        return torch.stack([rows * is_counted, is_counted.to(rows)], 1)
 
     def reduce(self, rows: Tensor) -> Tensor:
-        return rows[:, 0].mean()
+        return _mean_of_counted(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
