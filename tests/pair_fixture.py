@@ -1,0 +1,127 @@
+"""Small towers, hand-made batches and given features for tests of the pair model and the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.gather import SingleProcess
+from models.outputs import PairBatch, PairOutputs
+from models.pair_model import PairModel
+from models.recipe import MethodRecipe
+from models.towers import TowerSettings, build_clip
+from pipelines.train_step import TextSpec
+
+SIDE, GRID = 32, 4
+TOWERS = TowerSettings(
+    image_size=SIDE,
+    patch_size=SIDE // GRID,
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=2,
+    text_width=32,
+    text_layers=2,
+    text_heads=2,
+    embed_dim=16,
+    max_tokens=16,
+)
+TEXT = TextSpec(vocab_size=64, pad_id=0, start_id=1, end_id=2)
+# Longest first: halves and quarters of a batch are padded to different lengths.
+LENGTHS = (11, 9, 8, 8, 7, 5, 4, 3)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=generator(seed))
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(draw(*shape, seed=seed), dim=-1)
+
+
+def make_batch(lengths: Sequence[int] = LENGTHS, *, num_views: int = 1, seed: int = 0) -> PairBatch:
+    """Random pictures and texts of the given lengths; views are crops, the teacher sees everything.
+
+    Groups are (0, 1), (2, 3) ... shifted by one: (7, 0), (1, 2) ..., so that they straddle halves.
+    """
+    g, num_pairs = generator(seed), len(lengths)
+    token_ids = torch.randint(3, TEXT.vocab_size, (num_pairs, max(lengths)), generator=g)
+    count = torch.tensor(lengths)
+    is_real = torch.arange(max(lengths)) < count[:, None]
+    token_ids[:, 0] = TEXT.start_id
+    token_ids[torch.arange(num_pairs), count - 1] = TEXT.end_id
+    size = SIDE * (0.6 + 0.4 * torch.rand(num_views, num_pairs, 2, generator=g))
+    corner = (SIDE - size) * torch.rand(num_views, num_pairs, 2, generator=g)
+    index = torch.arange(num_pairs)
+    return PairBatch(
+        images=torch.randint(0, 256, (num_pairs, SIDE, SIDE, 3), dtype=torch.uint8, generator=g),
+        view_boxes=torch.cat([corner, size], 2),
+        teacher_boxes=torch.tensor([0.0, 0.0, SIDE, SIDE]).repeat(num_pairs, 1),
+        token_ids=token_ids.masked_fill(~is_real, TEXT.pad_id),
+        is_real_token=is_real,
+        selection_noise=torch.rand(num_views, num_pairs, GRID * GRID, generator=g),
+        row_keys=index,
+        group_keys=(index + 1) // 2 % (num_pairs // 2 or 1),
+        text_keys=index % max(num_pairs - 1, 1),
+    )
+
+
+def rows_of(batch: PairBatch, rows: slice) -> PairBatch:
+    """The share of one worker, its texts padded to their own longest."""
+    per_view = {"view_boxes", "selection_noise"}
+    cut = {
+        f.name: getattr(batch, f.name)[:, rows] if f.name in per_view else getattr(batch, f.name)[rows]
+        for f in fields(batch)
+    }
+    longest = int(cut["is_real_token"].sum(1).max())
+    cut["token_ids"] = cut["token_ids"][:, :longest]
+    cut["is_real_token"] = cut["is_real_token"][:, :longest]
+    return replace(batch, **cut)
+
+
+def padded(batch: PairBatch, extra: int, filler: int) -> PairBatch:
+    """The same texts with more padding, which holds the token `filler`."""
+    ids, is_real = F.pad(batch.token_ids, (0, extra)), F.pad(batch.is_real_token, (0, extra))
+    return replace(batch, token_ids=ids.masked_fill(~is_real, filler), is_real_token=is_real)
+
+
+def build_model(recipe: MethodRecipe, *, seed: int = 0) -> PairModel:
+    """A method on small towers, float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = build_clip(
+            TOWERS,
+            vocab_size=TEXT.vocab_size,
+            pad_id=TEXT.pad_id,
+            start_id=TEXT.start_id,
+            end_id=TEXT.end_id,
+        )
+        return PairModel(clip, recipe).double()
+
+
+def given_features(
+    image: Tensor, text: Tensor, *, patches: Tensor | None = None, words: Tensor | None = None
+) -> PairOutputs:
+    """What towers would say, one view: unit [B, D], raw patches [B, P, D] and words [B, T, D]."""
+    words = text[:, None] if words is None else words
+    return PairOutputs(
+        image_embeds=image[None],
+        text_embeds=text,
+        image_tokens=(image[:, None] if patches is None else patches)[None],
+        text_tokens=words,
+        is_real_token=torch.ones(words.shape[:2], dtype=torch.bool),
+        image_features=image[None],
+    )
+
+
+def loss_of_features(recipe: MethodRecipe, outputs: PairOutputs, batch: PairBatch | None = None) -> Tensor:
+    """Whole loss of a method from features alone, in one process."""
+    batch = batch or make_batch([4] * len(outputs.text_embeds))
+    return build_model(recipe).loss(outputs, batch, None, SingleProcess()).loss
