@@ -163,10 +163,6 @@ def _manifest(
         for split in SPLITS
     }
     hashes = [f"{shard['path']} {shard['sha256']}" for split in SPLITS for shard in shards[split]]
-    label_counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-    for report in reports:
-        for split, counts in report.label_counts.items():
-            label_counts[split].update(counts)
     return {
         "schema_version": MANIFEST_VERSION,
         "image_size": config.image_size,
@@ -176,7 +172,7 @@ def _manifest(
         },
         "sources": sorted({name for report in reports for name in report.sources}),
         "class_names": sorted({name for report in reports for name in report.class_names}),
-        "label_counts": {split: dict(sorted(counts.items())) for split, counts in label_counts.items()},
+        "label_counts": {split: _label_counts(reports, split=split) for split in SPLITS},
         "quarantine": quarantine,
         "num_rows_in": sum(report.num_rows for report in reports),
         "tokenizer": TOKENIZER_FILE,
@@ -186,6 +182,13 @@ def _manifest(
         "source_identity": source.identity,
         "data_sha": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
     }
+
+
+def _label_counts(reports: list[PieceReport], *, split: str) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for report in reports:
+        total.update(report.label_counts.get(split, {}))
+    return dict(sorted(total.items()))
 
 
 def _plain(config: Any) -> dict[str, Any]:
