@@ -76,7 +76,9 @@ def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *
     return PairBatch(
         images=torch.from_numpy(rows.images[index]),
         view_boxes=torch.from_numpy(boxes),
-        teacher_boxes=torch.from_numpy(_teacher_boxes(boxes, keys, settings, epoch, side=rows.images.shape[1])),
+        teacher_boxes=torch.from_numpy(
+            _teacher_boxes(boxes, keys, settings, epoch, side=rows.images.shape[1])
+        ),
         token_ids=token_ids,
         is_real_token=is_real,
         selection_noise=torch.from_numpy(np.stack(noise).astype(np.float32)),

@@ -58,7 +58,8 @@ class DataConfig(Settings):
     }
     image_size: int = Field(32, ge=8)
     max_tokens: int = Field(77, ge=4)
-    vocab_size: int = Field(2048, ge=64)
+    # Byte-level: 256 bytes and three special tokens are the least.
+    vocab_size: int = Field(2048, ge=259)
     tokenizer: str | None = None
     seed: int = 0
     # Scenes only.
@@ -74,8 +75,8 @@ class TrainConfig(Settings):
 
     steps: int = Field(160, ge=1)
     # Pairs of all workers together: the number of candidates each pair is contrasted with.
-    batch_size: int = Field(128, ge=2)
-    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(64, ge=2)
+    lr: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
@@ -184,8 +185,8 @@ PRESETS: dict[str, Tree] = {
     "scenes:quick": {
         "output": "runs/quick",
         "evaluation": {
-            "templates": ["{}", "a picture of {}", "there is {}"],
-            "positive_templates": ["{}"],
+            "templates": ["a {}", "a picture of a {}", "the digit {}"],
+            "positive_templates": ["a {}", "a picture of a {}", "the digit {}"],
             "negative_texts": ["no digit", "only scribbles"],
         },
     },
@@ -194,8 +195,8 @@ PRESETS: dict[str, Tree] = {
         "data": {"image_size": 48},
         "train": {"steps": 600},
         "evaluation": {
-            "templates": ["{}", "a picture of {}", "there is {}"],
-            "positive_templates": ["{}"],
+            "templates": ["a {}", "a picture of a {}", "the digit {}"],
+            "positive_templates": ["a {}", "a picture of a {}", "the digit {}"],
             "negative_texts": ["no digit", "only scribbles"],
         },
     },
@@ -258,7 +259,8 @@ def validate_tree(tree: Tree) -> Config:
         raise ValueError("invalid configuration:\n" + "\n".join(lines)) from error
     if config.model.image_size != config.data.image_size:
         raise ValueError(
-            f"model.image_size={config.model.image_size} and data.image_size={config.data.image_size} must agree"
+            f"model.image_size={config.model.image_size} and data.image_size={config.data.image_size} must "
+            "agree"
         )
     return config
 

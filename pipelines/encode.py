@@ -54,7 +54,9 @@ class ModelEncoder:
         self._model.eval()
         parts = []
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
-            ids, is_real = self._tokenizer.pad(self._tokenizer.encode(texts[start : start + _TEXTS_PER_BATCH]))
+            ids, is_real = self._tokenizer.pad(
+                self._tokenizer.encode(texts[start : start + _TEXTS_PER_BATCH])
+            )
             embeds, _ = self._model.encode_texts(
                 torch.as_tensor(ids, device=self._device), torch.as_tensor(is_real, device=self._device)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -39,21 +40,35 @@ def selection_value(config: Config, prepared: Prepared, trainer: Trainer) -> tup
     return name, main_metric_value(found.results, settings.main_metric)
 
 
-def publish_evaluation(job: Job, config: Config, prepared: Prepared, trainer: Trainer) -> None:
-    """Score the report split with every task the data allows and add the results to the store.
+def evaluate_trained(
+    job: Job, config: Config, prepared: Prepared, trainer: Trainer, *, split: str
+) -> list[dict[str, Any]]:
+    """Result records of every task the split allows; nothing is written.
 
     A method that drops patches is scored twice, with all patches and with its keep rule.
     """
+    return [record for record, _ in _all_results(job, config, prepared, trainer, split=split)]
+
+
+def publish_evaluation(job: Job, config: Config, prepared: Prepared, trainer: Trainer) -> None:
+    """Score the report split and add the results to the store, with sample images beside the run."""
     split = config.evaluation.report_on
+    for record, rows in _all_results(job, config, prepared, trainer, split=split):
+        publish_result(job.root, record, rows)
+    samples = sample_images(config, prepared, trainer)
+    if len(samples):
+        storage.write_table(storage.join(job.folder, "samples.parquet"), samples)
+
+
+def _all_results(
+    job: Job, config: Config, prepared: Prepared, trainer: Trainer, *, split: str
+) -> Iterator[tuple[dict[str, Any], pa.Table]]:
     keep_rules = ["all"] if config.method.selection.kind == "none" else ["all", "kept"]
     for keep_rule in keep_rules:
         found = _evaluate(config, prepared, trainer, split=split, keep_rule=keep_rule)
         context = _context(job, config, prepared, trainer, split=split, keep_rule=keep_rule)
         for result in found.results:
-            publish_result(job.root, result_record(result, context), rows_table(result))
-    samples = sample_images(config, prepared, trainer)
-    if len(samples):
-        storage.write_table(storage.join(job.folder, "samples.parquet"), samples)
+            yield result_record(result, context), rows_table(result)
 
 
 def sample_images(config: Config, prepared: Prepared, trainer: Trainer) -> pa.Table:
@@ -110,7 +125,9 @@ def _evaluate(
     return found
 
 
-def _encoder(config: Config, prepared: Prepared, trainer: Trainer, *, applies_keep_rule: bool) -> ModelEncoder:
+def _encoder(
+    config: Config, prepared: Prepared, trainer: Trainer, *, applies_keep_rule: bool
+) -> ModelEncoder:
     return ModelEncoder(
         trainer.model, prepared.tokenizer(), teacher=trainer.teacher, applies_keep_rule=applies_keep_rule
     )

@@ -10,13 +10,24 @@ from typing import Any
 from pipelines import storage
 from pipelines.config import Config, validate_tree
 
+_FILE = "job.json"
+_FAILURE_FILE = "last_failure.json"
+
 # What may change between an interrupted run and its continuation without changing the result.
 _FREE = {
     "output": None,
     "prepared": None,
     "ray_address": None,
     "sweep": None,
-    "train": {"num_workers", "cpus_per_worker", "device", "feed", "log_every", "checkpoint_every", "max_failures"},
+    "train": {
+        "num_workers",
+        "cpus_per_worker",
+        "device",
+        "feed",
+        "log_every",
+        "checkpoint_every",
+        "max_failures",
+    },
 }
 
 
@@ -54,8 +65,27 @@ class Job:
     def folder(self) -> str:
         return storage.join(self.root, "runs", self.run_id)
 
+    def write(self) -> None:
+        """Put the job into its run's folder, where the process that runs it finds it."""
+        storage.write_json(storage.join(self.folder, _FILE), self.as_dict())
+
+    @staticmethod
+    def read(root: str, run_id: str) -> Job:
+        return Job(**storage.read_json(storage.join(root, "runs", run_id, _FILE)))
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def note_failure(job: Job, reason: str) -> None:
+    """Keep the reason of an attempt's failure for the record of the run, should no attempt succeed."""
+    storage.write_json(storage.join(job.folder, _FAILURE_FILE), {"error": reason})
+
+
+def noted_failure(root: str, run_id: str) -> str | None:
+    """What `note_failure` kept last."""
+    uri = storage.join(root, "runs", run_id, _FAILURE_FILE)
+    return str(storage.read_json(uri)["error"]) if storage.exists(uri) else None
 
 
 def identity(tree: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipelines import storage
 from pipelines.cluster import DRIVER_RESOURCE
@@ -24,8 +25,11 @@ def run_here(job: Job) -> None:
     run_job(job, LocalPort())
 
 
-def run_in_train(job: Job) -> None:
+def run_in_train(job: Job, *, inside_tune: bool = False) -> None:
     """Train in a group of Ray Train workers; worker failures resume from the run's checkpoint.
+
+    Args:
+        inside_tune: pass the workers' reports on to the Tune trial this is called in.
 
     Raises:
         ValueError: the run's location is on one machine's disk and the workers are on several.
@@ -51,6 +55,7 @@ def run_in_train(job: Job) -> None:
             name=f"{job.run_id}-{identity(job.tree)}",
             storage_path=path,
             storage_filesystem=filesystem,
+            callbacks=[TuneReportCallback()] if inside_tune else [],
             failure_config=FailureConfig(
                 max_failures=config.train.max_failures, controller_failure_limit=_START_ATTEMPTS
             ),

@@ -22,10 +22,12 @@ from pipelines.collate import BatchSettings
 from pipelines.config import Config
 from pipelines.evaluate import publish_evaluation, selection_value
 from pipelines.feed import Feed, MemoryFeed, fits_in_memory, load_rows, train_order
-from pipelines.job import Job, identity
+from pipelines.job import Job, identity, note_failure
+from pipelines.order import StepOrder
 from pipelines.port import Port
 from pipelines.prepared import Prepared
 from pipelines.run_record import RunRecord
+from pipelines.stream_feed import StreamFeed
 from pipelines.train_step import NonFiniteLossError, TextSpec, Trainer
 from pipelines.versions import versions
 
@@ -50,16 +52,14 @@ def run_job(job: Job, port: Port) -> Outcome:
         NonFiniteLossError: training diverged; the record says so.
     """
     config = job.config
-    prepared = Prepared.open(job.prepared)
-    device = pick_device(config)
     # Threads of several workers on one machine spin on each other's cores.
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
-    trainer = build_trainer(config, prepared, gather=_gather(port), device=device)
-    run = _Run(job, config, prepared, trainer, port)
-    run.resume()
-    for batch in _feed(job, config, prepared, trainer, port).batches(trainer.step, config.train.steps):
-        run.step(batch)
-    return run.finish()
+    run = _Run(job, config, port)
+    with run.recording_failure():
+        run.build()
+        for batch in run.feed().batches(run.trainer.step, config.train.steps):
+            run.step(batch)
+        return run.finish()
 
 
 def build_trainer(
@@ -88,14 +88,14 @@ def pick_device(config: Config) -> torch.device:
 class _Run:
     """State of one run in one worker."""
 
-    def __init__(self, job: Job, config: Config, prepared: Prepared, trainer: Trainer, port: Port) -> None:
-        self.job, self.config, self.prepared, self.trainer, self.port = job, config, prepared, trainer, port
+    prepared: Prepared
+    trainer: Trainer
+
+    def __init__(self, job: Job, config: Config, port: Port) -> None:
+        self.job, self.config, self.port = job, config, port
         self.identity = identity(job.tree)
         self.checkpoints = storage.join(job.folder, "checkpoints")
         self.record = RunRecord(job.root, job.run_id) if port.rank == 0 else None
-        self.steps_per_epoch = train_order(
-            prepared, batch_size=config.train.batch_size, seed=config.seed
-        ).steps_per_epoch
         self.seconds_before = 0.0
         self.started = time.monotonic()
         self.selection: dict[str, Any] | None = None
@@ -105,8 +105,8 @@ class _Run:
         """Training wall seconds of all attempts."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def resume(self) -> None:
-        """Start the record and continue from the newest checkpoint, if there is one."""
+    def build(self) -> None:
+        """Start the record, build the trainer and continue from the newest checkpoint, if there is one."""
         if self.record is not None:
             self.record.start(
                 method=self.config.method.name,
@@ -117,25 +117,47 @@ class _Run:
                 number=self.job.number,
                 versions=versions(),
             )
+        self.prepared = Prepared.open(self.job.prepared)
+        gather = ProcessGroupGather() if self.port.world > 1 else SingleProcess()
+        self.trainer = build_trainer(
+            self.config, self.prepared, gather=gather, device=pick_device(self.config)
+        )
         state = load_latest(self.checkpoints, identity=self.identity)
-        if state is None:
-            return
-        self.trainer.load_state_dict(state["trainer"])
-        self.seconds_before = float(state["seconds"])
-        self.selection = state["selection"]
+        if state is not None:
+            self.trainer.load_state_dict(state["trainer"])
+            self.seconds_before = float(state["seconds"])
+            self.selection = state["selection"]
+        self.started = time.monotonic()
+
+    def feed(self) -> Feed:
+        """The training batches of this worker."""
+        train, features = self.config.train, self.config.method.features
+        settings = BatchSettings(
+            seed=self.config.seed,
+            text=features.text,
+            num_views=features.num_views,
+            min_crop_area=train.min_crop_area,
+            num_patches=self.trainer.model.vision.grid**2,
+        )
+        order, place = self._order(), self.job.prepared
+        rank, world = self.port.rank, self.port.world
+        if train.feed == "memory" or (train.feed == "auto" and fits_in_memory(self.prepared)):
+            return MemoryFeed(load_rows(place, "train"), order, settings, rank=rank, world=world)
+        return StreamFeed(place, order, settings, rank=rank, world=world)
 
     def step(self, batch: PairBatch) -> None:
         """One optimiser step and whatever is due after it."""
         train = self.config.train
-        with self._recording_failure():
-            report = self.trainer.run_step(batch)
+        report = self.trainer.run_step(batch)
         step = self.trainer.step
         is_last = step == train.steps
         if self.record is not None and (step % train.log_every == 0 or step == 1 or is_last):
-            position = {"step": step, "epoch": (step - 1) // self.steps_per_epoch}
+            position = {"step": step, "epoch": self._order().epoch_of(step - 1)}
             seen = {"samples_seen": step * train.batch_size, "seconds": self.seconds}
             line = report.as_line()
-            self.record.log({**position, **seen, **line, "temperature": line["diagnostics"]["temperature/main"]})
+            self.record.log(
+                {**position, **seen, **line, "temperature": line["diagnostics"]["temperature/main"]}
+            )
         evaluates = step % train.evaluate_every == 0 or is_last
         if evaluates:
             self._select(step)
@@ -154,8 +176,7 @@ class _Run:
             # Only runs that are reported keep their weights; a sweep would fill the disk.
             storage.delete_folder(self.checkpoints)
         else:
-            with self._recording_failure():
-                publish_evaluation(self.job, self.config, self.prepared, self.trainer)
+            publish_evaluation(self.job, self.config, self.prepared, self.trainer)
         self._finish_record("complete")
         return outcome
 
@@ -187,18 +208,26 @@ class _Run:
         self.port.report({"step": step, "steps": self.config.train.steps, "value": value})
 
     @contextlib.contextmanager
-    def _recording_failure(self) -> Iterator[None]:
-        """An error that would come again leaves its reason in the record; others may be retried."""
+    def recording_failure(self) -> Iterator[None]:
+        """Leave the reason of a failure beside the record; an error that would come again ends the run."""
         try:
             yield
         except (NonFiniteLossError, ValueError) as error:
             if self.record is not None:
                 self._finish_record("failed", error=f"{type(error).__name__}: {error}")
             raise
+        except (RuntimeError, OSError, ImportError, MemoryError) as error:
+            # May pass when tried again elsewhere; if it does not, this is what the record will quote.
+            if self.record is not None:
+                note_failure(self.job, f"{type(error).__name__}: {error}")
+            raise
+
+    def _order(self) -> StepOrder:
+        return train_order(self.prepared, batch_size=self.config.train.batch_size, seed=self.config.seed)
 
     def _finish_record(self, state: str, *, error: str | None = None) -> None:
         assert self.record is not None
-        step = self.trainer.step
+        step = self.trainer.step if hasattr(self, "trainer") else 0
         self.record.finish(
             state,
             seconds=self.seconds,
@@ -207,26 +236,3 @@ class _Run:
             selection=self.selection,
             error=error,
         )
-
-
-def _gather(port: Port) -> Gather:
-    return ProcessGroupGather() if port.world > 1 else SingleProcess()
-
-
-def _feed(job: Job, config: Config, prepared: Prepared, trainer: Trainer, port: Port) -> Feed:
-    order = train_order(prepared, batch_size=config.train.batch_size, seed=config.seed)
-    features = config.method.features
-    settings = BatchSettings(
-        seed=config.seed,
-        text=features.text,
-        num_views=features.num_views,
-        min_crop_area=config.train.min_crop_area,
-        num_patches=trainer.model.vision.grid**2,
-    )
-    kind = config.train.feed
-    if kind == "memory" or (kind == "auto" and fits_in_memory(prepared)):
-        rows = load_rows(job.prepared, "train")
-        return MemoryFeed(rows, order, settings, rank=port.rank, world=port.world)
-    from pipelines.stream_feed import StreamFeed
-
-    return StreamFeed(job.prepared, order, settings, rank=port.rank, world=port.world)

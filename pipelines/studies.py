@@ -100,7 +100,8 @@ class MethodStudy:
         trial = self._trials.pop(number)
         known = value is not None and math.isfinite(value)
         booked = _STATES[state] if known else TrialState.FAIL
-        self._study.tell(trial, value if booked is not TrialState.FAIL else None, state=booked)
+        # A pruned trial's value is its last intermediate one, which the study has.
+        self._study.tell(trial, value if booked is TrialState.COMPLETE else None, state=booked)
 
     def best_params(self) -> dict[str, Any]:
         """Values of the best trial that ran to the end; the defaults when none did."""
@@ -113,7 +114,8 @@ class MethodStudy:
 
     def _in_domain(self, params: Mapping[str, Any]) -> bool:
         return all(
-            domain._contains(domain.to_internal_repr(params[name])) for name, domain in self._distributions.items()
+            domain._contains(domain.to_internal_repr(params[name]))
+            for name, domain in self._distributions.items()
         )
 
 

@@ -61,6 +61,11 @@ class SweepState:
             self._queue_defaults(method)
 
     @property
+    def records(self) -> Mapping[str, Mapping[str, Any]]:
+        """Run records by run id, as far as known."""
+        return self._records
+
+    @property
     def num_jobs(self) -> int:
         """All jobs of the sweep, done ones included."""
         sweep = self.config.sweep
@@ -183,10 +188,18 @@ class SweepState:
             self._queue.append(job)
 
     def _job(
-        self, name: str, kind: str, params: Mapping[str, Any], *, number: int | None = None, seed: int | None = None
+        self,
+        name: str,
+        kind: str,
+        params: Mapping[str, Any],
+        *,
+        number: int | None = None,
+        seed: int | None = None,
     ) -> Job:
-        """A job whose run id says what it is; final runs carry a hash, since a longer sweep may find
-        another best."""
+        """A job whose run id says what it is.
+
+        Final runs carry a hash of their values, since a longer sweep may find another best.
+        """
         tree = apply_params(self._methods[name].tree, params)
         tree["seed"] = self.config.seed if seed is None else seed
         tag = f"t{number:03d}" if number is not None else f"{_short_hash(params)}-s{seed}"
@@ -262,7 +275,7 @@ def _curve(root: str, run_id: str) -> list[dict[str, Any]]:
 
 
 def _read_records(root: str) -> dict[str, dict[str, Any]]:
-    files = [f for f in storage.list_files(storage.join(root, "runs"), suffix="run.json")]
+    files = storage.list_files(storage.join(root, "runs"), suffix="run.json")
     records = [storage.read_json(storage.join(root, "runs", file)) for file in files]
     return {record["run_id"]: record for record in records}
 

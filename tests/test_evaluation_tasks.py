@@ -13,12 +13,12 @@ from pipelines.evaluation.task_result import (
     MAIN_METRICS,
     ResultContext,
     TaskResult,
-    record_stem,
     result_record,
     rows_table,
     with_main_metric,
 )
 from pipelines.evaluation.tasks import Evaluation, evaluate
+from pipelines.results import result_stem
 from tests.evaluation_fixture import (
     CONCEPTS,
     SIZE,
@@ -333,7 +333,7 @@ def test_stored_form_is_plain_json_with_the_benchmark_keys():
         assert record["clipfleet"]["select_on"] == "selection"
         assert record["clipfleet"]["params"] == CONTEXT.params
         assert record["clipfleet"]["n"] == result.n
-        stems.add(record_stem(record))
+        stems.add(result_stem(record))
     assert len(stems) == len(found.results)
     assert not any("/" in stem for stem in stems)
     own_name = result_record(run(make_rows(30, "pack")).results[0], CONTEXT)

@@ -78,7 +78,8 @@ def parse_domain(spec: Mapping[str, Any]) -> Domain:
             low, high = float(values[0]), float(values[1])
             return Uniform(low=low, high=high) if kind == "uniform" else LogUniform(low=low, high=high)
     raise ValueError(
-        f"a domain reads {{uniform: [low, high]}}, {{log_uniform: [low, high]}} or {{choice: [...]}}, got {dict(spec)}"
+        "a domain reads {uniform: [low, high]}, {log_uniform: [low, high]} or {choice: [...]}, got "
+        f"{dict(spec)}"
     )
 
 

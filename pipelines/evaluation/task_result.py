@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -147,18 +146,6 @@ def result_record(result: TaskResult, context: ResultContext) -> dict[str, Any]:
             "seconds": result.seconds,
         },
     }
-
-
-def record_stem(record: dict[str, Any]) -> str:
-    """File name without extension: CLIP_benchmark's pattern plus split and keep rule, safe on any store.
-
-    A short hash keeps names apart that differ only in replaced characters.
-    """
-    ours = record["clipfleet"]
-    parts = [record["dataset"], record["pretrained"], record["model"], record["language"], record["task"]]
-    name = "_".join([*parts, ours["split"], ours["keep_rule"]])
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}_{digest}"
 
 
 def rows_table(result: TaskResult) -> pa.Table:

@@ -1,0 +1,228 @@
+"""The command line: argument handling and nothing else.
+
+Every verb takes YAML files (`-c`), `key.sub=value` overrides and `--dry-run`. Heavy imports happen inside
+the verbs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Pretrain and compare contrastive image-text methods on a Ray cluster.",
+)
+console = Console()
+
+Files = Annotated[list[str] | None, typer.Option("--config", "-c", help="YAML file; right-most wins.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Any config value, as key.sub=value.")]
+Source = Annotated[
+    str | None,
+    typer.Option(help="scenes:quick, scenes:tokens, or parquet:<file or folder, local or s3://>."),
+]
+Output = Annotated[
+    str | None, typer.Option("--output", "-o", help="Run root: local path or s3://bucket/key.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@app.command(epilog="Example: clipfleet sweep --methods clip,cloob sweep.num_trials=8")
+def sweep(
+    overrides: Overrides = None,
+    config: Files = None,
+    source: Source = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated method names.")] = None,
+    output: Output = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Tune methods with equal budgets, re-run the best of each with fresh seeds, rank them, report."""
+    with _clear_errors():
+        settings = _load(config, overrides, source=source, output=output, methods=methods)
+        from pipelines import plan
+
+        console.print(plan.sweep_plan(settings))
+        if dry_run:
+            return
+        from pipelines.stages import sweep_stage
+
+        sweep_stage(settings, console)
+
+
+@app.command(epilog="Example: clipfleet pretrain --method cloob train.num_workers=2 --output runs/cloob")
+def pretrain(
+    overrides: Overrides = None,
+    config: Files = None,
+    source: Source = None,
+    method: Annotated[str | None, typer.Option(help="Method of the catalogue.")] = None,
+    output: Output = None,
+    local: Annotated[bool, typer.Option("--local", help="One plain process, no Ray Train.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train one method on Ray Train workers and evaluate it; the same command resumes a killed run."""
+    with _clear_errors():
+        settings = _load(config, overrides, source=source, output=output, method=method)
+        from pipelines import plan
+
+        console.print(plan.pretrain_plan(settings))
+        if dry_run:
+            return
+        from pipelines.stages import pretrain_stage
+
+        pretrain_stage(settings, console, local=local)
+
+
+@app.command(epilog="Example: clipfleet prepare --source parquet:pairs.parquet data.image_size=64")
+def prepare(
+    overrides: Overrides = None,
+    config: Files = None,
+    source: Source = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Check, resize and tokenise image-text pairs into shards; unusable rows are set aside and counted."""
+    with _clear_errors():
+        settings = _load(config, overrides, source=source)
+        from pipelines.stages import prepare_stage
+
+        prepare_stage(settings, console, dry_run=dry_run)
+
+
+@app.command(epilog="Example: clipfleet evaluate runs/cloob --split test")
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run root, or the folder of one run below <root>/runs.")],
+    split: Annotated[str, typer.Option(help="selection or test.")] = "test",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score the newest checkpoint of a run on a split and print every metric with its interval."""
+    with _clear_errors():
+        from pipelines.stages import evaluate_stage
+
+        evaluate_stage(run, console, split=split, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(epilog="Example: clipfleet results runs/quick --csv > results.csv")
+def results(
+    root: Annotated[str, typer.Argument(help="Run root.")] = "runs/quick",
+    csv: Annotated[bool, typer.Option("--csv", help="Every metric of every run as CSV.")] = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Print the ranked table of a run root, or export all its results."""
+    with _clear_errors():
+        from pipelines.stages import results_stage
+
+        results_stage(root, console, csv=csv, as_json=as_json, dry_run=dry_run)
+
+
+@app.command(epilog="Example: clipfleet report runs/quick --output site")
+def report(
+    root: Annotated[str, typer.Argument(help="Run root.")] = "runs/quick",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder; default <root>/report.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the report: a static folder that opens without a server or a network."""
+    with _clear_errors():
+        from pipelines.stages import report_stage
+
+        report_stage(root, console, output=output, dry_run=dry_run)
+
+
+@app.command(epilog="Example: clipfleet methods cloob")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method with its search space.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods: source, evidence, what differs from CLIP."""
+    with _clear_errors():
+        from pipelines.method_tables import show_method, show_methods
+
+        if name is None:
+            show_methods(console, as_json=as_json)
+        else:
+            show_method(name, console, as_json=as_json)
+
+
+@app.command(epilog="Example: clipfleet doctor")
+def doctor(
+    output: Annotated[str, typer.Option("--output", "-o", help="Run root to check for space.")] = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Check the environment and name the fix of whatever is wrong."""
+    with _clear_errors():
+        from pipelines.doctor import run_doctor
+
+        raise typer.Exit(run_doctor(output, json=as_json))
+
+
+@app.command(name="config", epilog="Example: clipfleet config method=tier > tier.yaml")
+def show_config(
+    overrides: Overrides = None,
+    config: Files = None,
+    source: Source = None,
+    schema: Annotated[bool, typer.Option("--schema", help="JSON Schema, for editors.")] = False,
+) -> None:
+    """Print the resolved configuration as YAML."""
+    with _clear_errors():
+        import json
+
+        import yaml
+
+        from pipelines.config import Config
+
+        if schema:
+            print(json.dumps(Config.model_json_schema(), indent=1))
+            return
+        print(yaml.safe_dump(_load(config, overrides, source=source).tree(), sort_keys=False), end="")
+
+
+def _load(
+    files: list[str] | None,
+    overrides: list[str] | None,
+    *,
+    source: str | None = None,
+    output: str | None = None,
+    method: str | None = None,
+    methods: str | None = None,
+) -> Config:
+    from pipelines.config import load_config
+
+    options: list[str] = []
+    if source is not None:
+        options.append(f"data.source={source}")
+    if output is not None:
+        options.append(f"output={output}")
+    if method is not None:
+        options.append(f"method.name={method}")
+    if methods is not None:
+        options.append(f"sweep.methods=[{methods}]")
+    return load_config(files or (), [*options, *(overrides or ())])
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What the user can mend is one message and exit code 2, not a stack trace."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        console.print("[bold red]error:[/bold red]", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point of `clipfleet`."""
+    return app(arguments if arguments is not None else sys.argv[1:])

@@ -1,0 +1,207 @@
+"""The verbs' work: connect to Ray where needed, run a stage, print what came of it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+import pyarrow.csv as pa_csv
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import storage
+from pipelines.config import Config, validate_tree
+from pipelines.job import Job
+from pipelines.prepared import Prepared
+from pipelines.progress import StageProgress
+
+
+def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
+    """Prepare the data unless it is there; print counts. Returns its location."""
+    from pipelines.cluster import connect
+    from pipelines.prepare_once import ensure_prepared, prepared_place
+    from pipelines.prepared import read_manifest
+
+    place = prepared_place(config)
+    exists = read_manifest(place) is not None
+    console.print(
+        f"data: {config.data.source} -> {place}{' (there already)' if exists else ''}", highlight=False
+    )
+    if dry_run:
+        return place
+    connect(address=config.ray_address)
+    ensure_prepared(config, on_progress=StageProgress(console))
+    manifest = Prepared.open(place).manifest
+    rows = ", ".join(f"{split} {found['rows']:,}" for split, found in manifest["splits"].items())
+    console.print(f"rows: {rows}; vocabulary {manifest['vocab_size']:,}", highlight=False)
+    if manifest["quarantine"]:
+        counts = ", ".join(f"{reason} {count}" for reason, count in manifest["quarantine"].items())
+        console.print(
+            f"[yellow]set aside:[/yellow] {counts}; see {storage.join(place, 'quarantine.parquet')}",
+            highlight=False,
+        )
+    return place
+
+
+def sweep_stage(config: Config, console: Console) -> None:
+    """Prepare, sweep, rank, report."""
+    from pipelines.cluster import connect
+    from pipelines.sweep import check_sweep, run_sweep
+
+    check_sweep(config)
+    connect(address=config.ray_address)
+    place = prepare_stage(config, console, dry_run=False)
+    run_sweep(config, place, console=console)
+    results_stage(config.output, console)
+    report_stage(config.output, console, output=None)
+
+
+def pretrain_stage(config: Config, console: Console, *, local: bool) -> None:
+    """Train one run at `config.output` and print its results.
+
+    Raises:
+        AlreadyExistsError: the run there is finished.
+    """
+    from pipelines.cluster import connect
+    from pipelines.launch import run_here, run_in_train
+    from pipelines.prepare_once import dataset_name
+
+    name = config.output.partition("?")[0].rstrip("/").rpartition("/")[2]
+    run_id = f"{config.method.name}-s{config.seed}"
+    _refuse_finished(config.output, run_id)
+    connect(address=config.ray_address)
+    place = prepare_stage(config, console, dry_run=False)
+    job = Job(
+        root=config.output,
+        run_id=run_id,
+        kind="single",
+        sweep=name,
+        prepared=place,
+        dataset=dataset_name(config),
+        tree=config.tree(),
+        params={},
+    )
+    job.write()
+    console.print(f"training {run_id}", highlight=False)
+    (run_here if local else run_in_train)(job)
+    record = storage.read_json(storage.join(job.folder, "run.json"))
+    console.print(f"{run_id}: {record['state']} after {record['seconds']:.0f} s of training", highlight=False)
+    _print_results(config.output, console, run_id=run_id)
+
+
+def evaluate_stage(run: str, console: Console, *, split: str, dry_run: bool, as_json: bool) -> None:
+    """Score a run's newest checkpoint on a split.
+
+    Raises:
+        ValueError: no run, several runs, or no checkpoint at `run`.
+    """
+    from pipelines.checkpoint import latest_place, load_checkpoint
+    from pipelines.evaluate import evaluate_trained
+    from pipelines.pretrain import build_trainer
+
+    folder = _one_run(run)
+    job = Job(**storage.read_json(storage.join(folder, "job.json")))
+    place = latest_place(storage.join(folder, "checkpoints"))
+    if place is None:
+        raise ValueError(f"no checkpoint below '{folder}'; trials of a sweep keep none")
+    if split not in ("selection", "test"):
+        raise ValueError(f"--split must be selection or test, got '{split}'")
+    if not as_json:
+        console.print(f"evaluating {place} on '{split}' of {job.prepared}", highlight=False)
+    if dry_run:
+        return
+    config = validate_tree(job.tree)
+    prepared = Prepared.open(job.prepared)
+    trainer = build_trainer(config, prepared)
+    trainer.load_state_dict(load_checkpoint(place)["trainer"])
+    records = evaluate_trained(job, config, prepared, trainer, split=split)
+    if as_json:
+        print(json.dumps(records, indent=1))
+    else:
+        console.print(_metrics_table(records, title=job.run_id))
+
+
+def results_stage(
+    root: str, console: Console, *, csv: bool = False, as_json: bool = False, dry_run: bool = False
+) -> None:
+    """The ranked table of a run root, or all of its numbers."""
+    import sys
+
+    from pipelines.leaderboard import leaderboards
+    from pipelines.report.console import leaderboard_json, print_leaderboard
+    from pipelines.results import Store, query
+
+    store = Store(root)
+    if dry_run:
+        console.print(f"{len(store.runs())} runs and {len(store.results())} results below '{root}'")
+    elif csv:
+        pa_csv.write_csv(query(store), sys.stdout.buffer)
+    elif as_json:
+        print(leaderboard_json(leaderboards(store)))
+    else:
+        print_leaderboard(console, leaderboards(store))
+
+
+def report_stage(root: str, console: Console, *, output: str | None, dry_run: bool = False) -> None:
+    """Write the static report and say where it is."""
+    from pipelines.report.render import write_report
+    from pipelines.results import Store
+
+    store = Store(root)
+    if dry_run:
+        console.print(f"would write {output or storage.join(root, 'report')} from {len(store.runs())} runs")
+        return
+    place = write_report(root, output)
+    console.print(f"report: {place}", highlight=False, soft_wrap=True)
+
+
+def _refuse_finished(root: str, run_id: str) -> None:
+    uri = storage.join(root, "runs", run_id, "run.json")
+    if storage.exists(uri) and storage.read_json(uri)["state"] != "running":
+        raise storage.AlreadyExistsError(
+            f"'{uri}' is a finished run and is never overwritten; name another output or seed"
+        )
+
+
+def _one_run(run: str) -> str:
+    """Folder of the run that a root or a run folder means."""
+    if storage.exists(storage.join(run, "job.json")):
+        return run
+    found = storage.list_files(storage.join(run, "runs"), suffix="job.json")
+    with_weights = [
+        file.removesuffix("/job.json")
+        for file in found
+        if storage.list_files(storage.join(run, "runs", file.removesuffix("/job.json"), "checkpoints"))
+    ]
+    if len(with_weights) != 1:
+        raise ValueError(
+            f"'{run}' must be one run's folder, or a root with one run that has a checkpoint; found "
+            f"{len(with_weights)}: {', '.join(with_weights[:8]) or 'none'}"
+        )
+    return storage.join(run, "runs", with_weights[0])
+
+
+def _print_results(root: str, console: Console, *, run_id: str) -> None:
+    from pipelines.results import Store
+
+    records = [r for r in Store(root).results() if r["clipfleet"]["run_id"] == run_id]
+    console.print(_metrics_table(records, title=run_id))
+
+
+def _metrics_table(records: list[dict], title: str) -> Table:  # type: ignore[type-arg]
+    """Every metric of some result records with its interval."""
+    table = Table(title=f"{title} ({datetime.now(UTC):%Y-%m-%d %H:%M} UTC)", title_justify="left", box=None)
+    for heading in ("dataset", "task", "patches", "metric", "value", "95 % interval", "rows"):
+        table.add_column(heading, justify="right" if heading in ("value", "rows") else "left")
+    for record in records:
+        ours = record["clipfleet"]
+        for metric, value in record["metrics"].items():
+            if metric == "main_metric":
+                continue
+            shown = f"{value:.3f}" if value is not None else f"– ({ours['undefined'].get(metric, '')})"
+            interval = ours["ci"].get(metric)
+            span = f"{interval['low']:.3f} to {interval['high']:.3f}" if interval else ""
+            table.add_row(
+                record["dataset"], record["task"], ours["keep_rule"], metric, shown, span, str(ours["n"])
+            )
+    return table

@@ -1,0 +1,162 @@
+"""A sweep: equal tuning budget per method on Ray Tune, fresh seeds for the best, one ranked table."""
+
+from __future__ import annotations
+
+import functools
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from pipelines import storage
+from pipelines.config import Config
+from pipelines.launch import driver_resources, refuse_local_root
+from pipelines.prepare_once import dataset_name
+from pipelines.prepared import Prepared
+from pipelines.progress import SweepProgress
+from pipelines.spaces import space_of
+from pipelines.sweep_state import SweepMismatchError, SweepState, sweep_identity
+from pipelines.tune_bridge import QueueSearcher, QueueStopper, drive_train_run, train_in_actor
+
+SWEEP_FILE = "sweep.json"
+
+
+def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
+    """Carry out what is missing of the sweep at `config.output`; nothing when it is complete.
+
+    Raises:
+        ValueError: a bad space, or data the sweep cannot use.
+        SweepMismatchError: the output belongs to another sweep.
+    """
+    refuse_local_root(config.output)
+    prepared = Prepared.open(prepared_uri)
+    name = config.output.partition("?")[0].rstrip("/").rpartition("/")[2]
+    write_sweep_file(config, prepared, name=name)
+    state = SweepState(config, name=name, prepared=prepared_uri, dataset=dataset_name(config))
+    remaining = state.num_jobs - state.num_done
+    if remaining <= 0:
+        console.print(f"All {state.num_jobs} runs of '{name}' are done already.", highlight=False)
+        return
+    progress = SweepProgress(
+        console,
+        methods=list(config.sweep.methods),
+        num_jobs=state.num_jobs,
+        num_done=state.num_done,
+        steps=config.train.steps,
+        num_trials=config.sweep.num_trials,
+    )
+    progress.add_restored(state.records)
+    searcher = QueueSearcher(state, on_event=progress.on_event)
+    with progress:
+        _tuner(config, searcher, num_samples=remaining).fit()
+
+
+def check_sweep(config: Config) -> None:
+    """Refuse a bad method or search space before anything starts.
+
+    Raises:
+        ValueError: naming method, path and value.
+    """
+    for method in config.sweep.methods:
+        space_of(config, method)
+
+
+def write_sweep_file(config: Config, prepared: Prepared, *, name: str) -> None:
+    """Describe the sweep at its root, or check that the one described there is the same.
+
+    Raises:
+        SweepMismatchError: the output holds a sweep with another configuration or other data.
+    """
+    uri = storage.join(config.output, SWEEP_FILE)
+    found: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {}
+    identity = sweep_identity(config)
+    data_sha = prepared.manifest["data_sha"]
+    if found and (found["identity"], found["data_sha"]) != (identity, data_sha):
+        raise SweepMismatchError(
+            f"'{config.output}' holds a sweep with another configuration or other data; name another output "
+            "(output=runs/NAME) or repeat the settings it was started with"
+        )
+    if not found and storage.list_files(storage.join(config.output, "runs"), suffix="run.json"):
+        raise SweepMismatchError(f"'{config.output}' holds single runs, no sweep; name another output")
+    storage.write_json(
+        uri,
+        {
+            "schema_version": 1,
+            "name": name,
+            "identity": identity,
+            "methods": list(dict.fromkeys([*found.get("methods", []), *config.sweep.methods])),
+            "main_metric": config.evaluation.main_metric,
+            "select_on": config.evaluation.select_on,
+            "report_on": config.evaluation.report_on,
+            "num_trials": config.sweep.num_trials,
+            "seeds": config.sweep.seeds,
+            "config": config.tree(),
+            "created": found.get("created", datetime.now(UTC).isoformat(timespec="seconds")),
+            "dataset": dataset_name(config),
+            "data_sha": data_sha,
+            "quarantine": prepared.manifest["quarantine"],
+            "prepared": prepared.uri,
+        },
+    )
+
+
+def is_nested(config: Config) -> bool:
+    """Whether a trial needs a worker group of its own instead of training inside its actor."""
+    return config.train.num_workers > 1
+
+
+def concurrent_trials(config: Config) -> int:
+    """Trials that fit the cluster at once.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    train = config.train
+    total = ray.cluster_resources()
+    fits = math.floor(total.get("CPU", 0) / (train.cpus_per_worker * train.num_workers))
+    if _gpus_per_worker(config):
+        fits = min(fits, math.floor(total.get("GPU", 0) / train.num_workers))
+    if fits < 1:
+        raise ValueError(
+            f"one trial needs {train.num_workers} workers of {train.cpus_per_worker:g} CPUs, the cluster has "
+            f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; lower train.num_workers or "
+            "train.cpus_per_worker"
+        )
+    return min(fits, config.sweep.max_concurrent or fits)
+
+
+def _gpus_per_worker(config: Config) -> int:
+    wanted = config.train.device
+    return int(wanted == "cuda" or (wanted == "auto" and ray.cluster_resources().get("GPU", 0) >= 1))
+
+
+def _tuner(config: Config, searcher: QueueSearcher, *, num_samples: int) -> tune.Tuner:
+    train = drive_train_run if is_nested(config) else train_in_actor
+    resources: dict[str, float] = (
+        driver_resources()
+        if is_nested(config)
+        else {"CPU": config.train.cpus_per_worker, "GPU": _gpus_per_worker(config)}
+    )
+    filesystem, path = storage.filesystem(storage.join(config.output, "ray"))
+    return tune.Tuner(
+        tune.with_resources(functools.partial(train, root=config.output), resources),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=num_samples,
+            max_concurrent_trials=concurrent_trials(config),
+            # A fresh actor per trial would cost its imports, more than a small trial takes.
+            reuse_actors=not is_nested(config),
+        ),
+        run_config=tune.RunConfig(
+            # Each session is its own experiment to Tune; what is done is read from the run records.
+            name=datetime.now(UTC).strftime("tune-%Y%m%dT%H%M%S"),
+            storage_path=path,
+            storage_filesystem=filesystem,
+            stop=QueueStopper(searcher),
+            failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+            verbose=0,
+        ),
+    )
