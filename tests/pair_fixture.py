@@ -11,8 +11,9 @@ from torch import Tensor
 
 from models.gather import SingleProcess
 from models.outputs import PairBatch, PairOutputs
-from models.pair_model import PairModel
+from models.pair_model import LossReport, PairModel
 from models.recipe import MethodRecipe
+from models.teacher import EmaTeacher, select_tokens
 from models.towers import TowerSettings, build_clip
 from pipelines.train_step import TextSpec
 
@@ -125,3 +126,20 @@ def loss_of_features(recipe: MethodRecipe, outputs: PairOutputs, batch: PairBatc
     """Whole loss of a method from features alone, in one process."""
     batch = batch or make_batch([4] * len(outputs.text_embeds))
     return build_model(recipe).loss(outputs, batch, None, SingleProcess()).loss
+
+
+def forward(model: PairModel, batch: PairBatch) -> LossReport:
+    """Loss of a batch in one process; a teacher, where the method needs one, starts as the model's copy."""
+    recipe, teacher, kept = model.recipe, None, None
+    if recipe.needs_teacher:
+        ema = EmaTeacher(model.vision, model.byol_projector, decay=recipe.teacher.decay)
+        teacher = ema(batch)
+    if recipe.selection.kind != "none":
+        scores = [None] * len(batch.view_boxes) if teacher is None else teacher.token_scores
+        chosen = [
+            select_tokens(recipe.selection, scores=view, noise=noise, grid=GRID)
+            for view, noise in zip(scores, batch.selection_noise, strict=True)
+        ]
+        kept = torch.stack(chosen)
+    report: LossReport = model(batch, kept, teacher, SingleProcess())
+    return report
