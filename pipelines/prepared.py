@@ -67,6 +67,14 @@ class Prepared:
         tables = [self._shard(shard, schema=schema) for shard in self._split(split)["shards"]]
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
+    def shard(self, split: str, number: int) -> pa.Table:
+        """Rows of one shard in `schemas.PREPARED`; `number` is its place in the manifest's list.
+
+        Raises:
+            ValueError: the split is unknown, or the shard does not hold what the manifest says.
+        """
+        return self._shard(self._split(split)["shards"][number], schema=PREPARED)
+
     def images(self, split: str) -> np.ndarray:
         """Pixels of a split, uint8 [N, S, S, 3]; read-only (a view into Arrow memory for a single shard)."""
         return image_array(self.table(split, columns=["image"])["image"], size=self.image_size)
