@@ -58,16 +58,17 @@ def make_batch(lengths: Sequence[int] = LENGTHS, *, num_views: int = 1, seed: in
     is_real = torch.arange(max(lengths)) < count[:, None]
     token_ids[:, 0] = TEXT.start_id
     token_ids[torch.arange(num_pairs), count - 1] = TEXT.end_id
-    size = SIDE * (0.6 + 0.4 * torch.rand(num_views, num_pairs, 2, generator=g))
-    corner = (SIDE - size) * torch.rand(num_views, num_pairs, 2, generator=g)
+    # float32 is the contract, whatever the default type
+    size = SIDE * (0.6 + 0.4 * torch.rand(num_views, num_pairs, 2, generator=g, dtype=torch.float32))
+    corner = (SIDE - size) * torch.rand(num_views, num_pairs, 2, generator=g, dtype=torch.float32)
     index = torch.arange(num_pairs)
     return PairBatch(
         images=torch.randint(0, 256, (num_pairs, SIDE, SIDE, 3), dtype=torch.uint8, generator=g),
         view_boxes=torch.cat([corner, size], 2),
-        teacher_boxes=torch.tensor([0.0, 0.0, SIDE, SIDE]).repeat(num_pairs, 1),
+        teacher_boxes=torch.tensor([0, 0, SIDE, SIDE], dtype=torch.float32).repeat(num_pairs, 1),
         token_ids=token_ids.masked_fill(~is_real, TEXT.pad_id),
         is_real_token=is_real,
-        selection_noise=torch.rand(num_views, num_pairs, GRID * GRID, generator=g),
+        selection_noise=torch.rand(num_views, num_pairs, GRID * GRID, generator=g, dtype=torch.float32),
         row_keys=index,
         group_keys=(index + 1) // 2 % (num_pairs // 2 or 1),
         text_keys=index % max(num_pairs - 1, 1),
