@@ -16,6 +16,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+# Ends the name of a local file until it is whole.
+_PARTIAL = ".partial"
+
 
 class AlreadyExistsError(FileExistsError):
     """An output location is taken; nothing was written."""
@@ -47,11 +50,15 @@ def exists(uri: str) -> bool:
 
 
 def list_files(uri: str, *, suffix: str = "", recursive: bool = True) -> list[str]:
-    """Paths of the files below `uri`, relative to it, sorted; empty when the folder is absent."""
+    """Paths of the files below `uri`, relative to it, sorted; empty when the folder is absent.
+
+    Files still being written, or left half written by a process that died, are not listed.
+    """
     fs, path = filesystem(uri)
     found = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
     files = (info.path for info in found if info.type == pafs.FileType.File)
-    return sorted(posixpath.relpath(file, path) for file in files if file.endswith(suffix))
+    whole = (file for file in files if file.endswith(suffix) and not file.endswith(_PARTIAL))
+    return sorted(posixpath.relpath(file, path) for file in whole)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -71,7 +78,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         with fs.open_output_stream(path) as stream:
             stream.write(data)
         return
-    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
+    partial = f"{path}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
     with fs.open_output_stream(partial) as stream:
         stream.write(data)
     fs.move(partial, path)
