@@ -87,7 +87,8 @@ def build_clip(
     """A CLIP model with random weights, or the one in `settings.pretrained`.
 
     Raises:
-        ValueError: the pretrained folder's image size or vocabulary does not fit the prepared data.
+        ValueError: the pretrained folder's image size, vocabulary or text length does not fit the
+            prepared data.
     """
     if settings.pretrained:
         clip = CLIPModel.from_pretrained(settings.pretrained, local_files_only=True)
@@ -101,6 +102,11 @@ def build_clip(
             raise ValueError(
                 f"{settings.pretrained} has {text.vocab_size} tokens, the data's tokenizer {vocab_size}; "
                 f"set data.tokenizer={settings.pretrained}"
+            )
+        if text.max_position_embeddings < settings.max_tokens:
+            raise ValueError(
+                f"{settings.pretrained} takes {text.max_position_embeddings} text positions, texts may have "
+                f"{settings.max_tokens}; set data.max_tokens={text.max_position_embeddings}"
             )
         return clip
     special = {"pad_token_id": pad_id, "bos_token_id": start_id, "eos_token_id": end_id}
