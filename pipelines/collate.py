@@ -123,7 +123,10 @@ def _view_boxes(
             keys, seed=settings.seed, epoch=epoch, purpose=Purpose.CROP, stream=view, count=4
         ).T
         area = settings.min_crop_area + (1 - settings.min_crop_area) * area
-        ratio = np.exp(np.log(_ASPECT[0]) + (np.log(_ASPECT[1]) - np.log(_ASPECT[0])) * aspect)
+        # A crop of nearly the whole image is nearly square: cutting its long side off would cover less
+        # than min_crop_area.
+        low, high = np.log(np.maximum(_ASPECT[0], area)), np.log(np.minimum(_ASPECT[1], 1 / area))
+        ratio = np.exp(low + (high - low) * aspect)
         height = np.minimum(side, side * np.sqrt(area / ratio))
         width = np.minimum(side, side * np.sqrt(area * ratio))
         boxes[view] = np.stack([down * (side - height), right * (side - width), height, width], 1)
