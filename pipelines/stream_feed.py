@@ -49,7 +49,8 @@ class StreamFeed:
             _build_batches,
             fn_args=(self,),
             batch_size=1,
-            compute=ray.data.TaskPoolStrategy(size=self.max_tasks),
+            # Ray warns of a pool that is larger than its work.
+            compute=ray.data.TaskPoolStrategy(size=min(self.max_tasks, len(spans))),
             num_cpus=_CPUS_PER_TASK,
         )
         # Batches of later steps must not overtake: the step decides what a batch is.
