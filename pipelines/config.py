@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.methods.catalogue import METHODS
 from models.recipe import MethodRecipe
 from models.towers import TowerSettings
+from pipelines.storage import absolute
 
 Tree = dict[str, Any]
 
@@ -244,10 +245,22 @@ def build_config(layers: Sequence[Tree]) -> Config:
     tree["method"] = dataclasses.asdict(method_named(name))
     for layer in (preset, *layers):
         tree = merge(tree, layer)
+    _make_paths_absolute(tree)
     for shared in ("image_size", "max_tokens"):
         if _last(layers, "model", shared) is None:
             tree["model"][shared] = tree["data"][shared]
     return validate_tree(tree)
+
+
+def _make_paths_absolute(tree: Tree) -> None:
+    """Local paths of the tree as every process of a run must see them."""
+    tree["output"], tree["prepared"] = absolute(tree["output"]), absolute(tree["prepared"])
+    scheme, colon, rest = str(tree["data"]["source"]).partition(":")
+    if colon and scheme != "scenes":
+        tree["data"]["source"] = f"{scheme}:{absolute(rest)}"
+    for part, key in (("data", "tokenizer"), ("model", "pretrained")):
+        if tree[part][key] is not None:
+            tree[part][key] = absolute(tree[part][key])
 
 
 def validate_tree(tree: Tree) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pipelines.config import Config, Tree, method_named, set_path, validate_tree
 from pipelines.config import merge as merge_trees
 from tune_spaces.catalogue import SPACES
-from tune_spaces.domains import Choice, Domain, LogUniform, parse_domain
+from tune_spaces.domains import Choice, Domain, LogUniform, Value, parse_domain
 
 Space = dict[str, Domain]
 
@@ -21,12 +22,26 @@ def method_tree(config: Config, method: str) -> Tree:
     """The configuration a sweep trains a method with before anything is searched.
 
     What the user set below `method` (other than its name) holds for every method of the sweep.
+
+    Raises:
+        ValueError: it cannot hold for this method.
     """
     tree = config.tree()
     own = _changed(dataclasses.asdict(config.method), dataclasses.asdict(method_named(config.method.name)))
     own.pop("name", None)
+    _refuse_foreign_tables(own, config.method.name, method)
     tree["method"] = merge_trees(dataclasses.asdict(method_named(method)), own, path="method")
     return validate_tree(tree).tree()
+
+
+def _refuse_foreign_tables(own: Tree, named: str, method: str) -> None:
+    """A change to a table that only the named method has would become a new table of the other method."""
+    known = {*method_named(named).extra_tables} - {*method_named(method).extra_tables}
+    for name in known & {*own.get("extra_tables", {})}:
+        raise ValueError(
+            f"method.extra_tables.{name} is changed, but '{method}' has no such table; sweep '{named}' alone "
+            f"with sweep.methods=[{named}]"
+        )
 
 
 def space_of(config: Config, method: str) -> Space:
@@ -41,19 +56,22 @@ def space_of(config: Config, method: str) -> Space:
         if spec is None:
             space.pop(path, None)
         else:
-            space[path] = parse_domain(spec)
+            try:
+                space[path] = parse_domain(spec)
+            except ValueError as error:
+                raise ValueError(f"sweep.space, {path}: {error}") from error
     check_space(space, method_tree(config, method), method=method)
     return space
 
 
 def check_space(space: Mapping[str, Domain], tree: Tree, *, method: str) -> None:
-    """Every corner of every domain must give a valid configuration.
+    """Every corner of every domain, and a value inside, must give a valid configuration.
 
     Raises:
         ValueError: naming method, path and value.
     """
     for path, domain in space.items():
-        for value in domain.corners():
+        for value in _probes(domain):
             try:
                 validate_tree(set_path(tree, path, value))
             except ValueError as error:
@@ -84,6 +102,13 @@ def default_params(tree: Tree, space: Mapping[str, Domain]) -> dict[str, Any]:
             value = value[part]
         found[path] = value
     return found
+
+
+def _probes(domain: Domain) -> tuple[Value, ...]:
+    """The corners, and a fraction between them: a setting that counts something takes the corners only."""
+    if isinstance(domain, Choice):
+        return domain.corners()
+    return (*domain.corners(), domain.low + (domain.high - domain.low) / math.pi)
 
 
 def _distribution(domain: Domain) -> BaseDistribution:

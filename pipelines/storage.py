@@ -38,6 +38,14 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise ValueError(f"cannot open '{uri}': {error}") from error
 
 
+def absolute(uri: str) -> str:
+    """The same location for any process on this machine; a URI stays as it is.
+
+    Trials run in working directories of their own, where a relative path means something else.
+    """
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a URI, before its query string."""
     base, mark, query = uri.partition("?")

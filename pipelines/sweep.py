@@ -24,12 +24,17 @@ from pipelines.tune_bridge import QueueSearcher, QueueStopper, drive_train_run, 
 SWEEP_FILE = "sweep.json"
 
 
+class SweepFailedError(ValueError):
+    """Nothing of a sweep works; its runs say why."""
+
+
 def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
     """Carry out what is missing of the sweep at `config.output`; nothing when it is complete.
 
     Raises:
         ValueError: a bad space, or data the sweep cannot use.
         SweepMismatchError: the output belongs to another sweep.
+        SweepFailedError: the first runs failed one and all.
     """
     refuse_local_root(config.output)
     prepared = Prepared.open(prepared_uri)
@@ -52,6 +57,11 @@ def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
     searcher = QueueSearcher(state, on_event=progress.on_event)
     with progress:
         _tuner(config, searcher, num_samples=remaining).fit()
+    if searcher.gave_up:
+        raise SweepFailedError(
+            f"the first {len(searcher.errors)} runs of '{name}' all failed; the sweep was ended:\n  "
+            + "\n  ".join(searcher.errors)
+        )
 
 
 def check_sweep(config: Config) -> None:

@@ -20,6 +20,10 @@ from pipelines.sweep_state import SweepState
 Listener = Callable[[str, Job, dict[str, Any]], None]
 
 
+# When this many runs have ended and every one of them failed, the sweep ends.
+_FAILURES_TO_GIVE_UP = 4
+
+
 class QueueSearcher(Searcher):
     """Jobs of the queue as Tune suggestions; a suggestion is a run id, the job lies in the run's folder."""
 
@@ -29,9 +33,21 @@ class QueueSearcher(Searcher):
         self._on_event: Listener = on_event or (lambda event, job, details: None)
         self._run_of: dict[str, str] = {}
         self._stopped: set[str] = set()
+        self._num_ended = 0
+        self._errors: list[str] = []
+
+    @property
+    def gave_up(self) -> bool:
+        """True when the first runs failed one and all: the rest would too."""
+        return self._num_ended == len(self._errors) >= _FAILURES_TO_GIVE_UP
+
+    @property
+    def errors(self) -> list[str]:
+        """Reasons of the runs that failed in this session."""
+        return self._errors
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self._state.is_exhausted:
+        if self._state.is_exhausted or self.gave_up:
             return str(Searcher.FINISHED)
         job = self._state.next_job()
         if job is None:
@@ -67,7 +83,11 @@ class QueueSearcher(Searcher):
             )
         else:
             state, reason = "pruned" if trial_id in self._stopped else "complete", None
-        self._on_event("end", job, dict(self._state.on_end(run_id, state, error=reason)))
+        record = dict(self._state.on_end(run_id, state, error=reason))
+        self._num_ended += 1
+        if record["state"] == "failed":
+            self._errors.append(f"{run_id}: {record['error']}")
+        self._on_event("end", job, record)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         return  # reports are booked where they can stop the trial
@@ -96,7 +116,7 @@ class QueueStopper(tune.Stopper):
         return self._searcher.should_stop(trial_id, result)
 
     def stop_all(self) -> bool:
-        return False
+        return self._searcher.gave_up
 
 
 def train_in_actor(config: dict[str, Any], *, root: str) -> None:
