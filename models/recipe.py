@@ -221,6 +221,11 @@ class TableRecipe:
                 "Hopfield retrieval works on global features; with "
                 f"region_pool.kind={self.region_pool.kind} set transform.kind=none"
             )
+        if self.targets.kind == "soft" and self.estimator.kind in ("loob", "jsd", "dv"):
+            raise ValueError(
+                f"estimator.kind={self.estimator.kind} knows pairs and negatives only and would ignore "
+                "targets.kind=soft; set targets.kind=identity or estimator.kind=ce, kl or relation_kl"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
