@@ -10,13 +10,13 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.methods.catalogue import METHODS
-from models.recipe import MethodRecipe
+from models.recipe import EstimatorSlot, MethodRecipe
 from models.towers import TowerSettings
 from pipelines.storage import absolute
 
@@ -74,13 +74,14 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """One training run."""
 
-    steps: int = Field(160, ge=1)
+    steps: int = Field(200, ge=1)
     # Pairs of all workers together: the number of candidates each pair is contrasted with.
     batch_size: int = Field(64, ge=2)
     lr: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
+    # Retrieval makes small gradients: at 1e-6 they drown in the denominator.
+    eps: float = Field(1e-8, gt=0)
     warmup_steps: int = Field(10, ge=0)
     final_lr_share: float = Field(0.0, ge=0, le=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
@@ -92,8 +93,8 @@ class TrainConfig(Settings):
     cpus_per_worker: float = Field(1.0, gt=0)
     # "memory" holds the prepared images in each worker; "stream" reads shards through Ray Data.
     feed: Literal["auto", "memory", "stream"] = "auto"
-    evaluate_every: int = Field(40, ge=1)
-    checkpoint_every: int = Field(40, ge=1)
+    evaluate_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(50, ge=1)
     log_every: int = Field(5, ge=1)
     max_failures: int = Field(2, ge=0)
 
@@ -254,13 +255,18 @@ def build_config(layers: Sequence[Tree]) -> Config:
 
 def _make_paths_absolute(tree: Tree) -> None:
     """Local paths of the tree as every process of a run must see them."""
-    tree["output"], tree["prepared"] = absolute(tree["output"]), absolute(tree["prepared"])
     scheme, colon, rest = str(tree["data"]["source"]).partition(":")
     if colon and scheme != "scenes":
         tree["data"]["source"] = f"{scheme}:{absolute(rest)}"
-    for part, key in (("data", "tokenizer"), ("model", "pretrained")):
-        if tree[part][key] is not None:
-            tree[part][key] = absolute(tree[part][key])
+    for part, key in (
+        (tree, "output"),
+        (tree, "prepared"),
+        (tree["data"], "tokenizer"),
+        (tree["model"], "pretrained"),
+    ):
+        # Validation has something to say about other types.
+        if isinstance(part, dict) and isinstance(part[key], str):
+            part[key] = absolute(part[key])
 
 
 def validate_tree(tree: Tree) -> Config:
@@ -299,11 +305,21 @@ def merge(base: Tree, override: Mapping[str, Any], *, path: str = "") -> Tree:
         old = base.get(key)
         if isinstance(old, dict) and isinstance(value, Mapping) and here not in _REPLACED_PATHS:
             # Another estimator has other fields; what was set for the old one means nothing to it.
-            swaps_union = key == "estimator" and value.get("kind", old.get("kind")) != old.get("kind")
-            merged[key] = dict(value) if swaps_union else merge(old, value, path=here)
+            if key == "estimator" and value.get("kind", old["kind"]) != old["kind"]:
+                old = _estimator_defaults(value["kind"])
+            merged[key] = merge(old, value, path=here)
         else:
             merged[key] = value
     return merged
+
+
+def _estimator_defaults(kind: Any) -> Tree:
+    known = {estimator.kind: estimator for estimator in get_args(EstimatorSlot)}
+    if kind not in known:
+        raise ValueError(
+            f"unknown estimator.kind '{kind}'{nearest(str(kind), known)}; known: {', '.join(known)}"
+        )
+    return dataclasses.asdict(known[kind]())
 
 
 # A given mapping replaces the default one instead of being mixed with it.

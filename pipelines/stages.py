@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow.csv as pa_csv
 from rich.console import Console
@@ -188,20 +188,25 @@ def _print_results(root: str, console: Console, *, run_id: str) -> None:
     console.print(_metrics_table(records, title=run_id))
 
 
-def _metrics_table(records: list[dict], title: str) -> Table:  # type: ignore[type-arg]
+def _metrics_table(records: list[dict[str, Any]], title: str) -> Table:
     """Every metric of some result records with its interval."""
-    table = Table(title=f"{title} ({datetime.now(UTC):%Y-%m-%d %H:%M} UTC)", title_justify="left", box=None)
-    for heading in ("dataset", "task", "patches", "metric", "value", "95 % interval", "rows"):
-        table.add_column(heading, justify="right" if heading in ("value", "rows") else "left")
+    table = Table(title=f"{title} on {records[0]['clipfleet']['split']}", title_justify="left", box=None)
+    sources = {record["dataset"] for record in records}
+    headings = ["dataset"] if len(sources) > 1 else []
+    for heading in (*headings, "task", "metric", "value", "interval", "rows"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("value", "rows") else "left")
     for record in records:
         ours = record["clipfleet"]
+        task = record["task"].removeprefix("zeroshot_").replace("_", " ")
+        task += f" ({ours['keep_rule']} patches)" if ours["keep_rule"] != "all" else ""
         for metric, value in record["metrics"].items():
             if metric == "main_metric":
                 continue
-            shown = f"{value:.3f}" if value is not None else f"– ({ours['undefined'].get(metric, '')})"
+            shown = f"{value:.3f}" if value is not None else "–"
             interval = ours["ci"].get(metric)
-            span = f"{interval['low']:.3f} to {interval['high']:.3f}" if interval else ""
+            span = f"[{interval['low']:.3f}, {interval['high']:.3f}]" if interval else ""
+            span = span or ours["undefined"].get(metric, "")
             table.add_row(
-                record["dataset"], record["task"], ours["keep_rule"], metric, shown, span, str(ours["n"])
+                *([record["dataset"]] if headings else []), task, metric, shown, span, str(ours["n"])
             )
     return table

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.evaluation.task_result import MAIN_METRICS
 from pipelines.leaderboard import RANKED_KINDS, TRIAL_STATES, Board, OtherMetric, Row
 from pipelines.report.estimates import Estimate
 
@@ -141,7 +142,7 @@ def _cells(board: Board, row: Row, *, is_wide: bool) -> list[str]:
 
 
 def _other_metrics(board: Board, rows: Sequence[Row]) -> Table:
-    """Metrics downwards, methods across: there are more metrics than a terminal has room for columns."""
+    """Main metrics of the other tasks downwards, methods across: there are more metrics than a terminal has room for columns."""
     table = Table(
         title="other metrics", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
@@ -150,6 +151,9 @@ def _other_metrics(board: Board, rows: Sequence[Row]) -> Table:
     for row in rows:
         table.add_column(row.method, justify="right", no_wrap=True)
         for other in row.others:
+            # The rest is in the report and in the CSV: a terminal shows what stands for each task.
+            if other.metric != MAIN_METRICS.get(other.task):
+                continue
             cells.setdefault(metric_label(other, board), {})[row.method] = other.estimate
     for name, by_method in cells.items():
         table.add_row(name, *(_value(by_method.get(row.method)) for row in rows))
