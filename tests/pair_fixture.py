@@ -47,8 +47,14 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(draw(*shape, seed=seed), dim=-1)
 
 
+def colour_fields(num_images: int, g: torch.Generator) -> Tensor:
+    """One random colour per patch, uint8 [B, S, S, 3]; pixel noise would make all embeddings alike."""
+    colours = torch.randint(0, 256, (num_images, GRID, GRID, 3), dtype=torch.uint8, generator=g)
+    return colours.repeat_interleave(SIDE // GRID, 1).repeat_interleave(SIDE // GRID, 2)
+
+
 def make_batch(lengths: Sequence[int] = LENGTHS, *, num_views: int = 1, seed: int = 0) -> PairBatch:
-    """Random pictures and texts of the given lengths; views are crops, the teacher sees everything.
+    """Colour fields and random texts of the given lengths; views are crops, the teacher sees everything.
 
     Groups are (0, 1), (2, 3) ... shifted by one: (7, 0), (1, 2) ..., so that they straddle halves.
     """
@@ -63,7 +69,7 @@ def make_batch(lengths: Sequence[int] = LENGTHS, *, num_views: int = 1, seed: in
     corner = (SIDE - size) * torch.rand(num_views, num_pairs, 2, generator=g, dtype=torch.float32)
     index = torch.arange(num_pairs)
     return PairBatch(
-        images=torch.randint(0, 256, (num_pairs, SIDE, SIDE, 3), dtype=torch.uint8, generator=g),
+        images=colour_fields(num_pairs, g),
         view_boxes=torch.cat([corner, size], 2),
         teacher_boxes=torch.tensor([0, 0, SIDE, SIDE], dtype=torch.float32).repeat(num_pairs, 1),
         token_ids=token_ids.masked_fill(~is_real, TEXT.pad_id),

@@ -399,10 +399,7 @@ ONE = torch.zeros(1, 1)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        *(
-            ((lambda f=f: f(ONE)), "at least 2 candidates, got 1; raise the global batch")
-            for f in SQUARE
-        ),
+        *(((lambda f=f: f(ONE)), "at least 2 candidates, got 1; raise the global batch") for f in SQUARE),
         (lambda: info_nce(torch.zeros(2, 3)), r"a square table is needed, got shape \(2, 3\)"),
         (lambda: info_nce(torch.zeros(3)), r"a square table is needed, got shape \(3,\)"),
         (lambda: symmetric(SoftKL(), torch.zeros(2, 2)), "'kl' needs soft targets; set targets.kind=soft"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.estimators import InfoLOOB
 from models.gather import SingleProcess
 from models.guidance import mean_unit_tokens
 from models.methods.aclip import ACLIP
@@ -207,6 +208,10 @@ def recipe(**slots) -> MethodRecipe:
             "Hopfield retrieval works on global features; with region_pool.kind=mean set transform.kind=none",
         ),
         (lambda: recipe(temperature=Temperature(policy="shared")), "policy=shared is for extra tables"),
+        (
+            lambda: TableRecipe(targets=Targets(kind="soft"), estimator=InfoLOOB()),
+            r"estimator.kind=loob knows pairs and negatives only and would ignore targets.kind=soft",
+        ),
         (lambda: replace(ACLIP, features=Features()), "simclr contrasts 2 views, got features.num_views=1"),
     ],
 )
