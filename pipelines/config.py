@@ -265,7 +265,7 @@ def _make_paths_absolute(tree: Tree) -> None:
         (tree["model"], "pretrained"),
     ):
         # Validation has something to say about other types.
-        if isinstance(part, dict) and isinstance(part[key], str):
+        if isinstance(part[key], str):
             part[key] = absolute(part[key])
 
 
@@ -308,6 +308,8 @@ def merge(base: Tree, override: Mapping[str, Any], *, path: str = "") -> Tree:
             if key == "estimator" and value.get("kind", old["kind"]) != old["kind"]:
                 old = _estimator_defaults(value["kind"])
             merged[key] = merge(old, value, path=here)
+        elif isinstance(old, dict) and not isinstance(value, Mapping) and path not in _OPEN_PATHS:
+            raise ValueError(f"config key '{here}' must hold a mapping, got {value!r}")
         else:
             merged[key] = value
     return merged
