@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from models.methods.catalogue import METHODS
 from models.recipe import EstimatorSlot, MethodRecipe
@@ -62,7 +62,7 @@ class DataConfig(Settings):
     # Byte-level: 256 bytes and three special tokens are the least.
     vocab_size: int = Field(2048, ge=259)
     tokenizer: str | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     # Scenes only.
     num_train: int = Field(6000, ge=2)
     num_selection: int = Field(500, ge=2)
@@ -142,14 +142,14 @@ class SweepConfig(Settings):
 
     methods: list[str] = Field(["clip", "tier", "cloob", "aclip", "softclip", "local_mi"], min_length=1)
     num_trials: int = Field(4, ge=1)
-    seeds: list[int] = Field([101, 102, 103], min_length=1)
+    seeds: list[NonNegativeInt] = Field([101, 102, 103], min_length=1)
     # Untuned defaults, run with the first of the seeds; 0 leaves them out.
     num_default_seeds: int = Field(3, ge=0)
     max_concurrent: int | None = Field(None, ge=1)
     pruner: PrunerConfig = PrunerConfig()
     # Domains by config path that replace or extend every method's own space; null removes one.
     space: dict[str, dict[str, Any] | None] = {}
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class Config(Settings):
@@ -160,7 +160,7 @@ class Config(Settings):
     # Prepared data is content addressed below this location and reused.
     prepared: str = "prepared"
     ray_address: str | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     data: DataConfig = DataConfig()
     model: TowerSettings = TowerSettings()
     method: MethodRecipe = METHODS["clip"]
