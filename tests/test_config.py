@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,7 +20,8 @@ def with_overrides(*overrides: str) -> Config:
 
 def test_nothing_given_is_the_embedded_data_with_clip():
     config = with_overrides()
-    assert (config.data.source, config.method.name, config.output) == ("scenes:quick", "clip", "runs/quick")
+    assert (config.data.source, config.method.name) == ("scenes:quick", "clip")
+    assert Path(config.output) == Path("runs/quick").absolute()
 
 
 def test_right_most_wins(tmp_path):
@@ -33,9 +35,9 @@ def test_right_most_wins(tmp_path):
 
 
 def test_base_wins_over_the_preset_and_loses_to_files(tmp_path):
-    assert load_config(base={"output": "runs/base"}).output == "runs/base"
-    (tmp_path / "c.yaml").write_text("output: runs/file\n")
-    assert load_config([str(tmp_path / "c.yaml")], base={"output": "runs/base"}).output == "runs/file"
+    assert load_config(base={"output": "/runs/base"}).output == "/runs/base"
+    (tmp_path / "c.yaml").write_text("output: /runs/file\n")
+    assert load_config([str(tmp_path / "c.yaml")], base={"output": "/runs/base"}).output == "/runs/file"
 
 
 def test_an_empty_file_changes_nothing(tmp_path):
@@ -53,16 +55,13 @@ def test_an_empty_file_changes_nothing(tmp_path):
 )
 def test_a_source_brings_its_preset(source, image_size, output):
     config = with_overrides(f"data.source={source}")
-    assert (config.data.image_size, config.model.image_size, config.output) == (
-        image_size,
-        image_size,
-        output,
-    )
+    assert (config.data.image_size, config.model.image_size) == (image_size, image_size)
+    assert Path(config.output) == Path(output).absolute()
 
 
 def test_the_user_wins_over_the_preset():
-    config = with_overrides("data.source=scenes:tokens", "data.image_size=64", "output=elsewhere")
-    assert (config.data.image_size, config.output) == (64, "elsewhere")
+    config = with_overrides("data.source=scenes:tokens", "data.image_size=64", "output=/elsewhere")
+    assert (config.data.image_size, config.output) == (64, "/elsewhere")
     assert config.train.steps == 600
 
 
@@ -77,6 +76,23 @@ def test_values_are_yaml():
     )
     assert (config.data.tokenizer, config.train.max_grad_norm) == (None, None)
     assert (config.sweep.seeds, config.evaluation.labels) == ([1, 2], ["a b", "c"])
+
+
+def test_local_paths_mean_the_same_in_every_process():
+    config = with_overrides(
+        "output=~/runs",
+        "prepared=p",
+        "data.source=parquet:x.parquet",
+        "data.tokenizer=t",
+        "model.pretrained=m",
+    )
+    here = Path.cwd()
+    assert config.output == str(Path.home() / "runs")
+    assert config.prepared == str(here / "p")
+    assert config.data.source == f"parquet:{here / 'x.parquet'}"
+    assert (config.data.tokenizer, config.model.pretrained) == (str(here / "t"), str(here / "m"))
+    assert with_overrides("data.source=scenes:tokens").data.source == "scenes:tokens"
+    assert with_overrides("data.source=parquet:s3://b/x").data.source == "parquet:s3://b/x"
 
 
 def test_an_override_may_hold_equal_signs():
@@ -108,7 +124,11 @@ def test_another_estimator_drops_the_fields_of_the_old_one():
     assert with_overrides("method.estimator.kind=dv").method.estimator == DonskerVaradhan()
     symmetric = ["method=softclip", "method.estimator.direction=symmetric"]
     assert with_overrides(*symmetric).method.estimator == SoftKL(direction="symmetric")
-    assert with_overrides(*symmetric, "method.estimator.kind=loob").method.estimator == InfoLOOB()
+    hard = [*symmetric, "method.targets.kind=identity", "method.estimator.kind=loob"]
+    assert with_overrides(*hard).method.estimator == InfoLOOB()
+    assert with_overrides(
+        "method=softclip", "method.estimator.kind=relation_kl", "method.estimator.direction=symmetric"
+    ).method.estimator == RelationKL(direction="symmetric")
     # The same kind keeps what was set.
     assert with_overrides(*symmetric, "method.estimator.kind=kl").method.estimator == SoftKL(
         direction="symmetric"
@@ -168,7 +188,14 @@ def test_layers_are_left_as_they_were():
         (["data.columns.class=kind"], r"did you mean 'class_name'\?"),
         (["method.extra_tables.x.wieght=1"], r"method\.extra_tables\.x\.wieght: Unexpected keyword argument"),
         (["method=cloop"], r"unknown method 'cloop'; did you mean 'cloob'\?; known: clip, tier,"),
-        (["method.estimator.kind=clip"], r"method\.estimator"),
+        (
+            ["method.estimator.kind=lob"],
+            r"unknown estimator\.kind 'lob'; did you mean 'loob'\?; known: ce, loob,",
+        ),
+        (
+            ["method.estimator={kind: kl, directon: x}"],
+            r"'method\.estimator\.directon'; did you mean 'direction'\?",
+        ),
         (["train.lr"], r"an override must read key\.sub=value, got 'train\.lr'"),
         (["=1"], r"an override must read key\.sub=value, got '=1'"),
         (["train.batch_size=1"], r"train\.batch_size: .*greater than or equal to 2"),
@@ -178,7 +205,11 @@ def test_layers_are_left_as_they_were():
         ),
         (["train.lr=fast"], r"train\.lr: Input should be a valid number"),
         (["train.precision=fp16"], r"train\.precision: Input should be 'fp32' or 'bf16'"),
-        (["train=3"], r"train: Input should be a valid dictionary"),
+        (["seed=-1"], r"seed: Input should be greater than or equal to 0"),
+        (["sweep.seeds=[1, -1]"], r"sweep\.seeds\.1: Input should be greater than or equal to 0"),
+        (["output="], r"output: Input should be a valid string"),
+        (["data=3"], r"config key 'data' must hold a mapping, got 3"),
+        (["method="], r"config key 'method' must hold a mapping, got None"),
         (["evaluation.select_on=test"], r"must be different splits, both are 'test'"),
         (["evaluation.templates=[]"], r"evaluation\.templates: List should have at least 1 item"),
         (["sweep.methods=[]"], r"sweep\.methods: List should have at least 1 item"),
@@ -192,6 +223,10 @@ def test_layers_are_left_as_they_were():
         (["method.temperature.policy=shared"], r"temperature\.policy=shared is for extra tables"),
         (["method=aclip", "method.features.num_views=1"], r"heads\.simclr contrasts 2 views"),
         (["method=cloob", "method.region_pool.kind=max"], r"set transform\.kind=none"),
+        (
+            ["method=softclip", "method.estimator.kind=dv"],
+            r"estimator\.kind=dv .* would ignore targets\.kind=soft",
+        ),
         (
             ["method.directions={image_to_text: 0, text_to_image: 0}"],
             r"direction weights must be >= 0 and not both 0, got image_to_text=0",
