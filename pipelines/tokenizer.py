@@ -140,7 +140,8 @@ def train_tokenizer(words: Mapping[str, int], *, vocab_size: int, max_tokens: in
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[PAD, START, END],
+        # <end> must not be id 2: transformers reads a text's feature elsewhere for that id.
+        special_tokens=[PAD, END, START],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

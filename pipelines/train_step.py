@@ -107,7 +107,7 @@ class Trainer:
         )
         self._parallel: nn.Module = self.model
         if isinstance(self.gather, ProcessGroupGather) and self.gather.world > 1:
-            self._parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self._parallel = DistributedDataParallel(self.model, forward_sync_buffers=False)
 
     def run_step(self, batch: PairBatch) -> StepReport:
         """One step on this worker's part of the global batch.
@@ -200,7 +200,7 @@ class Trainer:
             return
         terms = ", ".join(f"{name}={float(value):g}" for name, value in report.terms.items())
         raise NonFiniteLossError(
-            f"step {self.step} of method '{self.recipe.name}': loss {float(report.loss):g}, gradient norm "
+            f"step {self.step} of method '{self.recipe.name}': loss {float(report.loss.detach()):g}, gradient norm "
             f"{float(grad_norm):g}; terms: {terms}. Lower train.lr or raise the temperature"
         )
 

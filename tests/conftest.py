@@ -43,3 +43,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the shared data packs in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def small_prepared(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Location of a few prepared scenes."""
+    from pipelines.prepare_once import ensure_prepared
+    from tests.pipeline_fixture import small_config
+
+    return ensure_prepared(small_config(tmp_path_factory.mktemp("prepared")))

@@ -142,7 +142,7 @@ def _cells(board: Board, row: Row, *, is_wide: bool) -> list[str]:
 
 
 def _other_metrics(board: Board, rows: Sequence[Row]) -> Table:
-    """Main metrics of the other tasks downwards, methods across: there are more metrics than a terminal has room for columns."""
+    """Main metrics of the other tasks downwards, methods across: a terminal has room for few columns."""
     table = Table(
         title="other metrics", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
