@@ -98,9 +98,12 @@ def prepare(
         prepare_stage(settings, console, dry_run=dry_run)
 
 
-@app.command(epilog="Example: clipfleet evaluate runs/cloob --split test")
+@app.command(epilog="Example: clipfleet evaluate runs/cloob --split selection evaluation.resamples=5000")
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run root, or the folder of one run below <root>/runs.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Values below evaluation, as key=value.")
+    ] = None,
     split: Annotated[str, typer.Option(help="selection or test.")] = "test",
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -109,7 +112,7 @@ def evaluate(
     with _clear_errors():
         from pipelines.stages import evaluate_stage
 
-        evaluate_stage(run, console, split=split, dry_run=dry_run, as_json=as_json)
+        evaluate_stage(run, overrides or [], console, split=split, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(epilog="Example: clipfleet results runs/quick --csv > results.csv")

@@ -340,6 +340,20 @@ def set_path(tree: Tree, path: str, value: Any) -> Tree:
     return merge(tree, nested)
 
 
+def with_overrides(tree: Tree, overrides: Sequence[str], *, below: str) -> Tree:
+    """A finished run's tree with `key.sub=value` overrides of one part of it.
+
+    Raises:
+        ValueError: an override of another part: it would describe a run that never was.
+    """
+    for text in overrides:
+        layer = _parse_override(text)
+        if set(layer) != {below}:
+            raise ValueError(f"only values below '{below}' can be overridden here, got '{text}'")
+        tree = merge(tree, layer)
+    return tree
+
+
 def nearest(name: str, known: Any) -> str:
     """A "did you mean" clause, or nothing when no known name is close."""
     close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)

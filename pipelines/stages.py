@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.csv as pa_csv
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import storage
-from pipelines.config import Config, validate_tree
+from pipelines.config import Config, validate_tree, with_overrides
 from pipelines.job import Job
 from pipelines.prepared import Prepared
 from pipelines.progress import StageProgress
@@ -89,11 +90,13 @@ def pretrain_stage(config: Config, console: Console, *, local: bool) -> None:
     _print_results(config.output, console, run_id=run_id)
 
 
-def evaluate_stage(run: str, console: Console, *, split: str, dry_run: bool, as_json: bool) -> None:
+def evaluate_stage(
+    run: str, overrides: Sequence[str], console: Console, *, split: str, dry_run: bool, as_json: bool
+) -> None:
     """Score a run's newest checkpoint on a split.
 
     Raises:
-        ValueError: no run, several runs, or no checkpoint at `run`.
+        ValueError: no run, several runs, or no checkpoint at `run`; an override outside `evaluation`.
     """
     from pipelines.checkpoint import latest_place, load_checkpoint
     from pipelines.evaluate import evaluate_trained
@@ -110,7 +113,7 @@ def evaluate_stage(run: str, console: Console, *, split: str, dry_run: bool, as_
         console.print(f"evaluating {place} on '{split}' of {job.prepared}", highlight=False)
     if dry_run:
         return
-    config = validate_tree(job.tree)
+    config = validate_tree(with_overrides(job.tree, overrides, below="evaluation"))
     prepared = Prepared.open(job.prepared)
     trainer = build_trainer(config, prepared)
     trainer.load_state_dict(load_checkpoint(place)["trainer"])
