@@ -26,7 +26,7 @@ def pretrain_plan(config: Config) -> Table:
     """Table of one run: data, batch, negatives, parameters, time."""
     table = _table("one run")
     _add_common(table, config)
-    trainer = _tiny_vocabulary_trainer(config)
+    trainer = stand_in_trainer(config)
     table.add_row("method", f"{config.method.name} ({config.method.source})")
     table.add_row(
         "parameters", f"{sum(p.numel() for p in trainer.model.parameters()):,} beside the word table"
@@ -73,9 +73,9 @@ def sweep_plan(config: Config) -> Table:
 
 def seconds_per_step(config: Config) -> float:
     """Seconds of one optimiser step of the global batch in one process here, timed on random pixels."""
-    trainer = _tiny_vocabulary_trainer(config)
+    trainer = stand_in_trainer(config)
     num_pairs = min(_TIMED_PAIRS, config.train.batch_size)
-    batch = _random_batch(config, trainer, num_pairs)
+    batch = random_batch(config, trainer, num_pairs)
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     trainer.run_step(batch)
     start = time.perf_counter()
@@ -83,13 +83,14 @@ def seconds_per_step(config: Config) -> float:
     return (time.perf_counter() - start) * config.train.batch_size / num_pairs
 
 
-def _tiny_vocabulary_trainer(config: Config) -> Trainer:
+def stand_in_trainer(config: Config) -> Trainer:
     """The method's trainer with a stand-in vocabulary: the tokenizer may not exist yet."""
     text = TextSpec(vocab_size=512, pad_id=0, start_id=1, end_id=3)
     return Trainer(config.method, config.model, text, config.train, seed=config.seed)
 
 
-def _random_batch(config: Config, trainer: Trainer, num_pairs: int) -> PairBatch:
+def random_batch(config: Config, trainer: Trainer, num_pairs: int) -> PairBatch:
+    """Pairs of noise in the configuration's shapes, to time a step with."""
     generator = torch.Generator().manual_seed(0)
     side, views = config.data.image_size, config.method.features.num_views
     box = torch.tensor([0.0, 0.0, side, side]).expand(num_pairs, 4)
