@@ -55,13 +55,14 @@ def estimate_metric(
     if undefined or not values:
         return Estimate(value=None, reason=_reason(undefined, metric, num_seeds=len(values)))
     points_S = np.array(values, dtype=np.float64)
+    bounds = _UNIT_RANGE if ((points_S >= 0) & (points_S <= 1)).all() else None
     if rows is not None:
-        found, how = bootstrap_seeds(rows.values, bootstrap, group_ids=rows.group_ids), _FROM_ROWS
+        found = bootstrap_seeds(rows.values, bootstrap, group_ids=rows.group_ids, bounds=bounds)
+        how = _FROM_ROWS
     else:
         replicates_SR = _replicates_from_ci(results, metric, points_S, bootstrap)
         if replicates_SR is None:
             return Estimate(value=float(points_S.mean()), how="the results carry no interval for this metric")
-        bounds = _UNIT_RANGE if ((points_S >= 0) & (points_S <= 1)).all() else None
         found, how = seeds_interval(points_S, replicates_SR, bootstrap, bounds=bounds), _FROM_CI
     return _from_interval(float(points_S.mean()), found, how)
 
