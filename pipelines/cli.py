@@ -50,14 +50,9 @@ def sweep(
     """Tune methods with equal budgets, re-run the best of each with fresh seeds, rank them, report."""
     with _clear_errors():
         settings = _load(config, overrides, source=source, output=output, methods=methods)
-        from pipelines import plan
-
-        console.print(plan.sweep_plan(settings))
-        if dry_run:
-            return
         from pipelines.stages import sweep_stage
 
-        sweep_stage(settings, console)
+        sweep_stage(settings, console, dry_run=dry_run)
 
 
 @app.command(epilog="Example: clipfleet pretrain --method cloob train.num_workers=2 --output runs/cloob")
@@ -73,14 +68,9 @@ def pretrain(
     """Train one method on Ray Train workers and evaluate it; the same command resumes a killed run."""
     with _clear_errors():
         settings = _load(config, overrides, source=source, output=output, method=method)
-        from pipelines import plan
-
-        console.print(plan.pretrain_plan(settings))
-        if dry_run:
-            return
         from pipelines.stages import pretrain_stage
 
-        pretrain_stage(settings, console, local=local)
+        pretrain_stage(settings, console, local=local, dry_run=dry_run)
 
 
 @app.command(epilog="Example: clipfleet prepare --source parquet:pairs.parquet data.image_size=64")

@@ -26,7 +26,9 @@ def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
     place = prepared_place(config)
     exists = read_manifest(place) is not None
     console.print(
-        f"data: {config.data.source} -> {place}{' (there already)' if exists else ''}", highlight=False
+        f"data: {config.data.source} -> {place}{' (there already)' if exists else ''}",
+        highlight=False,
+        soft_wrap=True,
     )
     if dry_run:
         return place
@@ -40,38 +42,47 @@ def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
         console.print(
             f"[yellow]set aside:[/yellow] {counts}; see {storage.join(place, 'quarantine.parquet')}",
             highlight=False,
+            soft_wrap=True,
         )
     return place
 
 
-def sweep_stage(config: Config, console: Console) -> None:
-    """Prepare, sweep, rank, report."""
-    from pipelines.cluster import connect
+def sweep_stage(config: Config, console: Console, *, dry_run: bool) -> None:
+    """Check, show the plan, prepare, sweep, rank, report."""
+    from pipelines.plan import sweep_plan
     from pipelines.sweep import check_sweep, run_sweep
 
     check_sweep(config)
-    connect(address=config.ray_address)
-    place = prepare_stage(config, console, dry_run=False)
+    console.print(sweep_plan(config))
+    place = prepare_stage(config, console, dry_run=dry_run)
+    if dry_run:
+        return
     run_sweep(config, place, console=console)
     results_stage(config.output, console)
     report_stage(config.output, console, output=None)
 
 
-def pretrain_stage(config: Config, console: Console, *, local: bool) -> None:
+def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bool) -> None:
     """Train one run at `config.output` and print its results.
 
     Raises:
         AlreadyExistsError: the run there is finished.
+        RunFailedError: it ended as failed.
     """
-    from pipelines.cluster import connect
-    from pipelines.launch import run_here, run_in_train
+    from pipelines.evaluate import check_evaluation
+    from pipelines.launch import RunFailedError, run_here, run_in_train
+    from pipelines.plan import pretrain_plan
     from pipelines.prepare_once import dataset_name
+    from pipelines.train_step import NonFiniteLossError
 
     name = config.output.partition("?")[0].rstrip("/").rpartition("/")[2]
     run_id = f"{config.method.name}-s{config.seed}"
     _refuse_finished(config.output, run_id)
-    connect(address=config.ray_address)
-    place = prepare_stage(config, console, dry_run=False)
+    console.print(pretrain_plan(config))
+    place = prepare_stage(config, console, dry_run=dry_run)
+    if dry_run:
+        return
+    check_evaluation(config, Prepared.open(place))
     job = Job(
         root=config.output,
         run_id=run_id,
@@ -84,7 +95,10 @@ def pretrain_stage(config: Config, console: Console, *, local: bool) -> None:
     )
     job.write()
     console.print(f"training {run_id}", highlight=False)
-    (run_here if local else run_in_train)(job)
+    try:
+        (run_here if local else run_in_train)(job)
+    except NonFiniteLossError as error:
+        raise RunFailedError(f"run '{run_id}' failed: {error}") from error
     record = storage.read_json(storage.join(job.folder, "run.json"))
     console.print(f"{run_id}: {record['state']} after {record['seconds']:.0f} s of training", highlight=False)
     _print_results(config.output, console, run_id=run_id)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipelines import storage
 from pipelines.config import Config
+from pipelines.evaluate import check_evaluation
 from pipelines.launch import driver_resources, refuse_local_root
 from pipelines.prepare_once import dataset_name
 from pipelines.prepared import Prepared
@@ -32,12 +33,13 @@ def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
     """Carry out what is missing of the sweep at `config.output`; nothing when it is complete.
 
     Raises:
-        ValueError: a bad space, or data the sweep cannot use.
+        ValueError: a bad space, or data the sweep cannot use or be judged on.
         SweepMismatchError: the output belongs to another sweep.
-        SweepFailedError: the first runs failed one and all.
+        SweepFailedError: the first runs, or all there are, failed.
     """
     refuse_local_root(config.output)
     prepared = Prepared.open(prepared_uri)
+    check_evaluation(config, prepared)
     name = config.output.partition("?")[0].rstrip("/").rpartition("/")[2]
     write_sweep_file(config, prepared, name=name)
     state = SweepState(config, name=name, prepared=prepared_uri, dataset=dataset_name(config))
@@ -57,21 +59,42 @@ def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
     searcher = QueueSearcher(state, on_event=progress.on_event)
     with progress:
         _tuner(config, searcher, num_samples=remaining).fit()
-    if searcher.gave_up:
+    worked = any(record["state"] in ("complete", "pruned") for record in state.records.values())
+    if searcher.gave_up or (searcher.errors and not worked):
         raise SweepFailedError(
-            f"the first {len(searcher.errors)} runs of '{name}' all failed; the sweep was ended:\n  "
-            + "\n  ".join(searcher.errors)
+            f"{len(searcher.errors)} runs of '{name}' all failed; the sweep was ended. Repeat it with what they "
+            "ask for, in another output:\n  " + "\n  ".join(searcher.errors)
         )
 
 
 def check_sweep(config: Config) -> None:
-    """Refuse a bad method or search space before anything starts.
+    """Refuse a bad method or search space, or an output that holds something else, before anything starts.
 
     Raises:
         ValueError: naming method, path and value.
+        SweepMismatchError: the output belongs to another sweep or to single runs.
     """
     for method in config.sweep.methods:
         space_of(config, method)
+    _sweep_there(config)
+
+
+def _sweep_there(config: Config) -> dict[str, Any]:
+    """What `sweep.json` at the output says; empty when there is none."""
+    uri = storage.join(config.output, SWEEP_FILE)
+    if storage.exists(uri):
+        found: dict[str, Any] = storage.read_json(uri)
+        if found["identity"] != sweep_identity(config):
+            raise SweepMismatchError(
+                f"'{config.output}' holds a sweep with another configuration; name another output "
+                "(output=runs/NAME) or repeat the settings it was started with"
+            )
+        return found
+    if storage.list_files(storage.join(config.output, "runs"), suffix="run.json"):
+        raise SweepMismatchError(
+            f"'{config.output}' holds single runs, no sweep; name another output (output=runs/NAME)"
+        )
+    return {}
 
 
 def write_sweep_file(config: Config, prepared: Prepared, *, name: str) -> None:
@@ -80,23 +103,18 @@ def write_sweep_file(config: Config, prepared: Prepared, *, name: str) -> None:
     Raises:
         SweepMismatchError: the output holds a sweep with another configuration or other data.
     """
-    uri = storage.join(config.output, SWEEP_FILE)
-    found: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {}
-    identity = sweep_identity(config)
+    found = _sweep_there(config)
     data_sha = prepared.manifest["data_sha"]
-    if found and (found["identity"], found["data_sha"]) != (identity, data_sha):
+    if found and found["data_sha"] != data_sha:
         raise SweepMismatchError(
-            f"'{config.output}' holds a sweep with another configuration or other data; name another output "
-            "(output=runs/NAME) or repeat the settings it was started with"
+            f"'{config.output}' holds a sweep on other data; name another output (output=runs/NAME)"
         )
-    if not found and storage.list_files(storage.join(config.output, "runs"), suffix="run.json"):
-        raise SweepMismatchError(f"'{config.output}' holds single runs, no sweep; name another output")
     storage.write_json(
-        uri,
+        storage.join(config.output, SWEEP_FILE),
         {
             "schema_version": 1,
             "name": name,
-            "identity": identity,
+            "identity": sweep_identity(config),
             "methods": list(dict.fromkeys([*found.get("methods", []), *config.sweep.methods])),
             "main_metric": config.evaluation.main_metric,
             "select_on": config.evaluation.select_on,
