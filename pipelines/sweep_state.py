@@ -58,6 +58,8 @@ class SweepState:
         for method in self._methods:
             self._restore(method)
         for method in self._methods:
+            self._queue_final(method)
+        for method in self._methods:
             self._queue_defaults(method)
 
     @property
@@ -74,7 +76,15 @@ class SweepState:
 
     @property
     def num_done(self) -> int:
-        return sum(record["state"] != "running" for record in self._records.values())
+        """Jobs of `num_jobs` that have ended.
+
+        Counted from what is left: a longer sweep may have found another best configuration, and the final
+        runs of the old one are no part of it.
+        """
+        sweep = self.config.sweep
+        to_ask = sum(max(0, sweep.num_trials - method.num_asked) for method in self._methods.values())
+        to_come = sum(len(sweep.seeds) for method in self._methods.values() if not method.has_final_jobs)
+        return self.num_jobs - to_ask - to_come - len(self._queue) - len(self._running)
 
     @property
     def is_exhausted(self) -> bool:
@@ -117,6 +127,7 @@ class SweepState:
             record = self._finish_record(job, record, state, values, error)
         self._records[run_id] = record
         if job.kind == "trial" and job.number is not None:
+            _delete_weights(job)
             method = self._methods[record["method"]]
             method.num_done += 1
             final = values[max(values)] if values else None
@@ -153,6 +164,9 @@ class SweepState:
             else:
                 method.study.add_finished(record, values)
                 method.num_done += 1
+        # Two started at once and the sweep was killed before the first of them wrote its record.
+        for number in sorted({*range(method.num_asked)} - {record["number"] for record in trials}):
+            self._queue.append(self._job(name, "trial", method.study.ask(number), number=number))
 
     def _next_trial(self) -> Job | None:
         """The next trial of the method that is furthest behind."""
@@ -283,6 +297,13 @@ def _read_records(root: str) -> dict[str, dict[str, Any]]:
 def _read_record(root: str, run_id: str) -> dict[str, Any] | None:
     uri = storage.join(root, "runs", run_id, "run.json")
     return storage.read_json(uri) if storage.exists(uri) else None
+
+
+def _delete_weights(job: Job) -> None:
+    """A trial that was stopped or failed leaves checkpoints; only runs that are reported keep theirs."""
+    folder = storage.join(job.folder, "checkpoints")
+    if storage.exists(folder):
+        storage.delete_folder(folder)
 
 
 def _short_hash(params: Mapping[str, Any]) -> str:
