@@ -5,21 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipelines import storage
 from pipelines.cluster import DRIVER_RESOURCE
-from pipelines.job import Job, identity
+from pipelines.job import Job, identity, noted_failure
 from pipelines.port import LocalPort, TrainPort
+
+
+class RunFailedError(ValueError):
+    """A run ended as failed; the message is its record's."""
+
 
 # Start-up is retried this often before a cluster that is too small becomes an error.
 _START_ATTEMPTS = 5
 
 
 def run_here(job: Job) -> None:
-    """Train in this process, without Ray."""
+    """Train in this process, without Ray.
+
+    Raises:
+        ValueError: the data or the configuration cannot be used.
+        NonFiniteLossError: training diverged.
+    """
     from pipelines.pretrain import run_job
 
     run_job(job, LocalPort())
@@ -33,15 +43,33 @@ def run_in_train(job: Job, *, inside_tune: bool = False) -> None:
 
     Raises:
         ValueError: the run's location is on one machine's disk and the workers are on several.
-        ray.train.TrainingFailedError: the run failed more often than train.max_failures allows.
+        RunFailedError: the data or the configuration cannot be used, training diverged, or workers died more
+            often than train.max_failures allows.
     """
-    config = job.config
     refuse_local_root(job.root)
+    try:
+        _trainer(job, inside_tune=inside_tune).fit()
+    except TrainingFailedError as error:
+        reason = recorded_failure(job) or noted_failure(job.root, job.run_id) or str(error)
+        raise RunFailedError(f"run '{job.run_id}' failed: {reason}") from error
+    if reason := recorded_failure(job):
+        raise RunFailedError(f"run '{job.run_id}' failed: {reason}")
+
+
+def recorded_failure(job: Job) -> str | None:
+    """The error of a run whose record says that trying again is of no use."""
+    uri = storage.join(job.folder, "run.json")
+    record = storage.read_json(uri) if storage.exists(uri) else {}
+    return str(record["error"]) if record.get("state") == "failed" else None
+
+
+def _trainer(job: Job, *, inside_tune: bool) -> TorchTrainer:
+    config = job.config
     uses_gpu = config.train.device == "cuda" or (
         config.train.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.train.num_workers
     )
     filesystem, path = storage.filesystem(storage.join(job.root, "ray"))
-    TorchTrainer(
+    return TorchTrainer(
         _train_worker,
         train_loop_config={"job": job.as_dict()},
         torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
@@ -60,7 +88,7 @@ def run_in_train(job: Job, *, inside_tune: bool = False) -> None:
                 max_failures=config.train.max_failures, controller_failure_limit=_START_ATTEMPTS
             ),
         ),
-    ).fit()
+    )
 
 
 def driver_resources() -> dict[str, float]:
@@ -85,4 +113,7 @@ def refuse_local_root(root: str) -> None:
 def _train_worker(loop_config: dict[str, Any]) -> None:
     from pipelines.pretrain import run_job
 
-    run_job(Job(**loop_config["job"]), TrainPort())
+    job = Job(**loop_config["job"])
+    # Train restarts a group whatever it died of; an error that is in the record would come again.
+    if recorded_failure(job) is None:
+        run_job(job, TrainPort())

@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from pipelines.job import Job, noted_failure
-from pipelines.launch import run_in_train
+from pipelines.launch import RunFailedError, recorded_failure, run_in_train
 from pipelines.port import TunePort
 from pipelines.sweep_state import SweepState
 
@@ -133,4 +133,10 @@ def train_in_actor(config: dict[str, Any], *, root: str) -> None:
 
 def drive_train_run(config: dict[str, Any], *, root: str) -> None:
     """Tune function: drive a Ray Train run of several workers and pass on what it reports."""
-    run_in_train(Job.read(root, config["run_id"]), inside_tune=True)
+    job = Job.read(root, config["run_id"])
+    try:
+        run_in_train(job, inside_tune=True)
+    except RunFailedError:
+        # As in `train_in_actor`: only what may pass another time is left to Tune to retry.
+        if recorded_failure(job) is None:
+            raise
