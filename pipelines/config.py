@@ -82,7 +82,8 @@ class TrainConfig(Settings):
     betas: tuple[float, float] = (0.9, 0.98)
     # Retrieval makes small gradients: at 1e-6 they drown in the denominator.
     eps: float = Field(1e-8, gt=0)
-    warmup_steps: int = Field(10, ge=0)
+    # None: a twentieth of the steps.
+    warmup_steps: int | None = Field(None, ge=0)
     final_lr_share: float = Field(0.0, ge=0, le=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -97,6 +98,16 @@ class TrainConfig(Settings):
     checkpoint_every: int = Field(50, ge=1)
     log_every: int = Field(5, ge=1)
     max_failures: int = Field(2, ge=0)
+
+    @property
+    def num_warmup_steps(self) -> int:
+        return self.steps // 20 if self.warmup_steps is None else self.warmup_steps
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> TrainConfig:
+        if self.num_warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps must not exceed steps={self.steps}, got {self.warmup_steps}")
+        return self
 
 
 class EvalConfig(Settings):

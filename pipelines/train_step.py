@@ -118,7 +118,7 @@ class Trainer:
         lr = cosine_with_warmup(
             self.step + 1,
             total_steps=self.train.steps + 1,
-            warmup_steps=self.train.warmup_steps,
+            warmup_steps=self.train.num_warmup_steps,
             base=self.train.lr,
             final=self.train.lr * self.train.final_lr_share,
         )
