@@ -62,8 +62,8 @@ def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
     worked = any(record["state"] in ("complete", "pruned") for record in state.records.values())
     if searcher.gave_up or (searcher.errors and not worked):
         raise SweepFailedError(
-            f"{len(searcher.errors)} runs of '{name}' all failed; the sweep was ended. Repeat it with what they "
-            "ask for, in another output:\n  " + "\n  ".join(searcher.errors)
+            f"{len(searcher.errors)} runs of '{name}' all failed and the sweep was ended; start it in "
+            "another output with what they ask for:\n  " + "\n  ".join(searcher.errors)
         )
 
 
