@@ -136,7 +136,8 @@ class SweepProgress:
             table.add_row(method, f"{trials}/{self._num_trials}", pruned, str(failed), best, str(finals))
         done = self._done_before + self._num_ended
         bar = ProgressBar(total=self._num_jobs, completed=done, width=40)
-        return Group(Text(self._summary()), bar, table)
+        # The bar last: it ends no line.
+        return Group(Text(self._summary()), table, bar)
 
 
 def _clock(seconds: float) -> str:
