@@ -85,20 +85,19 @@ def test_workers_can_be_taken_away_and_told_apart(name, role):
     assert node["min_workers"] == 0
 
 
-def test_images_and_wheels_are_of_our_versions():
+def test_images_are_of_our_versions():
     images = [TREE["docker"]["image"], TREE["available_node_types"]["gpu_worker"]["docker"]["worker_image"]]
     for image in images:
         ray_version, python, _ = image.removeprefix("rayproject/ray:").split("-")
         assert ray_version in pinned("ray")
         assert f"{python[2]}.{python[3:]}" in SpecifierSet(PROJECT["requires-python"])
-    torch = next(command for command in TREE["setup_commands"] if "torch" in command)
-    assert torch.split("torch==")[1].split()[0] in pinned("torch")
 
 
 def test_every_node_installs_the_checkout_that_is_mounted():
     place = next(remote for remote, local in TREE["file_mounts"].items() if local == ".")
-    commands = [TREE["setup_commands"], TREE["available_node_types"]["gpu_worker"]["worker_setup_commands"]]
-    assert all(f"pip install -e {place}" in listed for listed in commands)
+    assert f"pip install -e {place}" in TREE["setup_commands"]
+    # A type's own setup commands would replace these.
+    assert not any("worker_setup_commands" in node for node in TREE["available_node_types"].values())
 
 
 def test_a_token_guards_every_node():
