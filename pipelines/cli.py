@@ -191,7 +191,7 @@ def _load(
     method: str | None = None,
     methods: str | None = None,
 ) -> Config:
-    from pipelines.config import load_config
+    from pipelines.config_tree import load_config
 
     options: list[str] = []
     if source is not None:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines import storage
-from pipelines.config import Config, validate_tree
+from pipelines.config import Config
+from pipelines.config_tree import validate_tree
 
 _FILE = "job.json"
 _FAILURE_FILE = "last_failure.json"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from models.methods.catalogue import METHODS
 from models.recipe import MethodRecipe
-from pipelines.config import method_named
+from pipelines.config_tree import method_named
 from tune_spaces.catalogue import SPACES
 from tune_spaces.domains import describe
 

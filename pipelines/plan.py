@@ -10,7 +10,8 @@ import torch
 from rich.table import Table
 
 from models.outputs import PairBatch
-from pipelines.config import Config, validate_tree
+from pipelines.config import Config
+from pipelines.config_tree import validate_tree
 from pipelines.spaces import method_tree, space_of
 from pipelines.train_step import TextSpec, Trainer
 from tune_spaces.domains import describe

@@ -10,8 +10,9 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from pipelines.config import Config, Tree, method_named, set_path, validate_tree
-from pipelines.config import merge as merge_trees
+from pipelines.config import Config, Tree
+from pipelines.config_tree import merge as merge_trees
+from pipelines.config_tree import method_named, set_path, validate_tree
 from tune_spaces.catalogue import SPACES
 from tune_spaces.domains import Choice, Domain, LogUniform, Value, parse_domain
 

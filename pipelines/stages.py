@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import storage
-from pipelines.config import Config, validate_tree, with_overrides
+from pipelines.config import Config
+from pipelines.config_tree import validate_tree, with_overrides
 from pipelines.job import Job
 from pipelines.prepared import Prepared
 from pipelines.progress import StageProgress

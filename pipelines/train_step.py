@@ -200,8 +200,8 @@ class Trainer:
             return
         terms = ", ".join(f"{name}={float(value):g}" for name, value in report.terms.items())
         raise NonFiniteLossError(
-            f"step {self.step} of method '{self.recipe.name}': loss {float(report.loss.detach()):g}, gradient "
-            f"norm {float(grad_norm):g}; terms: {terms}. Lower train.lr or raise the temperature"
+            f"step {self.step} of method '{self.recipe.name}': loss {float(report.loss.detach()):g}, "
+            f"gradient norm {float(grad_norm):g}; terms: {terms}. Lower train.lr or raise the temperature"
         )
 
 

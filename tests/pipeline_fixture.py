@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_tree import load_config
 from pipelines.job import Job
 
 # Small enough that a run takes a second, large enough that every task has rows.

@@ -11,7 +11,8 @@ import yaml
 from models.estimators import DonskerVaradhan, InfoLOOB, RelationKL, SoftKL
 from models.methods.catalogue import METHODS
 from models.recipe import RegionPool
-from pipelines.config import Config, build_config, load_config, merge, method_named, set_path, validate_tree
+from pipelines.config import Config
+from pipelines.config_tree import build_config, load_config, merge, method_named, set_path, validate_tree
 
 
 def with_overrides(*overrides: str) -> Config:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from models.methods.catalogue import METHODS
-from pipelines.config import load_config, method_named
+from pipelines.config_tree import load_config, method_named
 from pipelines.spaces import check_space, method_tree
 from tests import house_rules as rules
 from tune_spaces.catalogue import SPACES

@@ -6,7 +6,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from models.methods.catalogue import METHODS
-from pipelines.config import Config, load_config, validate_tree
+from pipelines.config import Config
+from pipelines.config_tree import load_config, validate_tree
 from pipelines.spaces import apply_params, check_space, default_params, distributions, method_tree, space_of
 from tune_spaces.catalogue import SPACES
 from tune_spaces.domains import Choice, LogUniform, Uniform, describe, parse_domain

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.methods.catalogue import METHODS
-from pipelines.config import load_config
+from pipelines.config_tree import load_config
 from pipelines.plan import random_batch, stand_in_trainer
 
 NUM_PAIRS = 64
