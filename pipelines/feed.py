@@ -55,5 +55,8 @@ def train_order(prepared: Prepared, *, batch_size: int, seed: int) -> StepOrder:
     return StepOrder(tuple(int(shard["rows"]) for shard in shards), batch_size, seed)
 
 
-def fits_in_memory(prepared: Prepared) -> bool:
-    return prepared.num_rows("train") * prepared.image_size**2 * 3 <= MEMORY_LIMIT_BYTES
+def streams(kind: str, prepared: Prepared) -> bool:
+    """Whether a feed setting (`auto`, `memory`, `stream`) means streaming for this data."""
+    if kind != "auto":
+        return kind == "stream"
+    return prepared.num_rows("train") * prepared.image_size**2 * 3 > MEMORY_LIMIT_BYTES

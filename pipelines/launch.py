@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipelines import storage
-from pipelines.cluster import DRIVER_RESOURCE
 from pipelines.job import Job, identity, noted_failure
 from pipelines.port import LocalPort, TrainPort
+from pipelines.prepared import Prepared
+from pipelines.resources import gpus_per_worker, refuse_local_root, runs_at_once
 
 
 class RunFailedError(ValueError):
@@ -42,11 +42,13 @@ def run_in_train(job: Job, *, inside_tune: bool = False) -> None:
         inside_tune: pass the workers' reports on to the Tune trial this is called in.
 
     Raises:
-        ValueError: the run's location is on one machine's disk and the workers are on several.
+        ValueError: the run's location is on one machine's disk and the workers are on several, or the cluster
+            is too small for the run.
         RunFailedError: the data or the configuration cannot be used, training diverged, or workers died more
             often than train.max_failures allows.
     """
     refuse_local_root(job.root)
+    runs_at_once(job.config, Prepared.open(job.prepared))
     try:
         _trainer(job, inside_tune=inside_tune).fit()
     except TrainingFailedError as error:
@@ -65,9 +67,7 @@ def recorded_failure(job: Job) -> str | None:
 
 def _trainer(job: Job, *, inside_tune: bool) -> TorchTrainer:
     config = job.config
-    uses_gpu = config.train.device == "cuda" or (
-        config.train.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.train.num_workers
-    )
+    uses_gpu = gpus_per_worker(config) > 0
     filesystem, path = storage.filesystem(storage.join(job.root, "ray"))
     return TorchTrainer(
         _train_worker,
@@ -89,25 +89,6 @@ def _trainer(job: Job, *, inside_tune: bool) -> TorchTrainer:
             ),
         ),
     )
-
-
-def driver_resources() -> dict[str, float]:
-    """What a trial asks for that only drives a Train run: no CPU, so workers never wait for drivers."""
-    return {DRIVER_RESOURCE: 1}
-
-
-def refuse_local_root(root: str) -> None:
-    """A run on several machines needs a location all of them see.
-
-    Raises:
-        ValueError: `root` is a local path and the cluster has more than one live node.
-    """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if "://" not in root and len(nodes) > 1:
-        raise ValueError(
-            f"output '{root}' is a local path, but the cluster has {len(nodes)} nodes that would each write "
-            "their own; name an s3:// location or a mounted share as file:///..."
-        )
 
 
 def _train_worker(loop_config: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from pipelines.checkpoint import load_latest, save_checkpoint
 from pipelines.collate import BatchSettings
 from pipelines.config import Config
 from pipelines.evaluate import publish_evaluation, selection_value
-from pipelines.feed import Feed, MemoryFeed, fits_in_memory, load_rows, train_order
+from pipelines.feed import Feed, MemoryFeed, load_rows, streams, train_order
 from pipelines.job import Job, identity, note_failure
 from pipelines.order import StepOrder
 from pipelines.port import Port
@@ -141,9 +141,9 @@ class _Run:
         )
         order, place = self._order(), self.job.prepared
         rank, world = self.port.rank, self.port.world
-        if train.feed == "memory" or (train.feed == "auto" and fits_in_memory(self.prepared)):
-            return MemoryFeed(load_rows(place, "train"), order, settings, rank=rank, world=world)
-        return StreamFeed(place, order, settings, rank=rank, world=world)
+        if streams(train.feed, self.prepared):
+            return StreamFeed(place, order, settings, rank=rank, world=world)
+        return MemoryFeed(load_rows(place, "train"), order, settings, rank=rank, world=world)
 
     def step(self, batch: PairBatch) -> None:
         """One optimiser step and whatever is due after it."""

@@ -24,7 +24,7 @@ from pipelines.prepared import Prepared
 
 # Steps one task builds: enough to pay for reading its shards, few enough to start early.
 _STEPS_PER_TASK = 8
-_CPUS_PER_TASK = 0.25
+CPUS_PER_TASK = 0.25
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StreamFeed:
             batch_size=1,
             # Ray warns of a pool that is larger than its work.
             compute=ray.data.TaskPoolStrategy(size=min(self.max_tasks, len(spans))),
-            num_cpus=_CPUS_PER_TASK,
+            num_cpus=CPUS_PER_TASK,
         )
         # Batches of later steps must not overtake: the step decides what a batch is.
         dataset.context.execution_options.preserve_order = True

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
 from datetime import UTC, datetime
 from typing import Any
 
-import ray
 from ray import tune
 from rich.console import Console
 
 from pipelines import storage
 from pipelines.config import Config
 from pipelines.evaluate import check_evaluation
-from pipelines.launch import driver_resources, refuse_local_root
 from pipelines.prepare_once import dataset_name
 from pipelines.prepared import Prepared
 from pipelines.progress import SweepProgress
+from pipelines.resources import driver_resources, gpus_per_worker, refuse_local_root, runs_at_once
 from pipelines.spaces import space_of
 from pipelines.sweep_state import SweepMismatchError, SweepState, sweep_identity
 from pipelines.tune_bridge import QueueSearcher, QueueStopper, drive_train_run, train_in_actor
@@ -58,7 +56,7 @@ def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
     progress.add_restored(state.records)
     searcher = QueueSearcher(state, on_event=progress.on_event)
     with progress:
-        _tuner(config, searcher, num_samples=remaining).fit()
+        _tuner(config, prepared, searcher, num_samples=remaining).fit()
     worked = any(record["state"] in ("complete", "pruned") for record in state.records.values())
     if searcher.gave_up or (searcher.errors and not worked):
         raise SweepFailedError(
@@ -136,37 +134,12 @@ def is_nested(config: Config) -> bool:
     return config.train.num_workers > 1
 
 
-def concurrent_trials(config: Config) -> int:
-    """Trials that fit the cluster at once.
-
-    Raises:
-        ValueError: not even one fits.
-    """
-    train = config.train
-    total = ray.cluster_resources()
-    fits = math.floor(total.get("CPU", 0) / (train.cpus_per_worker * train.num_workers))
-    if _gpus_per_worker(config):
-        fits = min(fits, math.floor(total.get("GPU", 0) / train.num_workers))
-    if fits < 1:
-        raise ValueError(
-            f"one trial needs {train.num_workers} workers of {train.cpus_per_worker:g} CPUs, the cluster has "
-            f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; lower train.num_workers or "
-            "train.cpus_per_worker"
-        )
-    return min(fits, config.sweep.max_concurrent or fits)
-
-
-def _gpus_per_worker(config: Config) -> int:
-    wanted = config.train.device
-    return int(wanted == "cuda" or (wanted == "auto" and ray.cluster_resources().get("GPU", 0) >= 1))
-
-
-def _tuner(config: Config, searcher: QueueSearcher, *, num_samples: int) -> tune.Tuner:
+def _tuner(config: Config, prepared: Prepared, searcher: QueueSearcher, *, num_samples: int) -> tune.Tuner:
     train = drive_train_run if is_nested(config) else train_in_actor
     resources: dict[str, float] = (
         driver_resources()
         if is_nested(config)
-        else {"CPU": config.train.cpus_per_worker, "GPU": _gpus_per_worker(config)}
+        else {"CPU": config.train.cpus_per_worker, "GPU": gpus_per_worker(config)}
     )
     filesystem, path = storage.filesystem(storage.join(config.output, "ray"))
     return tune.Tuner(
@@ -174,7 +147,7 @@ def _tuner(config: Config, searcher: QueueSearcher, *, num_samples: int) -> tune
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=num_samples,
-            max_concurrent_trials=concurrent_trials(config),
+            max_concurrent_trials=runs_at_once(config, prepared),
             # A fresh actor per trial would cost its imports, more than a small trial takes.
             reuse_actors=not is_nested(config),
         ),

@@ -12,7 +12,7 @@ import torch
 from models.outputs import PairBatch
 from pipelines import storage
 from pipelines.collate import BatchSettings
-from pipelines.feed import MemoryFeed, fits_in_memory, load_rows, train_order
+from pipelines.feed import MemoryFeed, load_rows, streams, train_order
 from pipelines.prepared import Prepared
 from pipelines.stream_feed import StreamFeed
 from tests.prepared_fixture import prepared_table, write_prepared
@@ -110,9 +110,10 @@ def test_pixels_decide_between_memory_and_streaming(uri, monkeypatch):
     prepared = Prepared.open(uri)
     num_bytes = sum(SHARD_ROWS) * 8 * 8 * 3
     monkeypatch.setattr("pipelines.feed.MEMORY_LIMIT_BYTES", num_bytes)
-    assert fits_in_memory(prepared)
+    assert not streams("auto", prepared)
     monkeypatch.setattr("pipelines.feed.MEMORY_LIMIT_BYTES", num_bytes - 1)
-    assert not fits_in_memory(prepared)
+    assert streams("auto", prepared)
+    assert not streams("memory", prepared)
 
 
 def test_order_knows_the_shards(uri):

@@ -1,0 +1,64 @@
+"""What a run takes of a cluster, and what a cluster cannot give, found out before anything waits for it."""
+
+from __future__ import annotations
+
+import math
+
+import ray
+
+from pipelines.cluster import DRIVER_RESOURCE
+from pipelines.config import Config
+from pipelines.feed import streams
+from pipelines.prepared import Prepared
+from pipelines.stream_feed import CPUS_PER_TASK
+
+
+def runs_at_once(config: Config, prepared: Prepared) -> int:
+    """Runs of this configuration that fit the cluster together, at most `sweep.max_concurrent`.
+
+    A run that streams needs CPUs beside its workers: if those take all, the tasks that feed them never
+    start and nothing says so.
+
+    Raises:
+        ValueError: not even one run fits.
+    """
+    train, total = config.train, ray.cluster_resources()
+    cpus = train.cpus_per_worker * train.num_workers
+    if streams(config.train.feed, prepared):
+        cpus += CPUS_PER_TASK * train.num_workers
+    fits = math.floor(total.get("CPU", 0) / cpus)
+    if gpus_per_worker(config):
+        fits = min(fits, math.floor(total.get("GPU", 0) / train.num_workers))
+    if fits < 1:
+        raise ValueError(
+            f"one run needs {cpus:g} CPUs ({train.num_workers} workers of {train.cpus_per_worker:g}, and the "
+            f"tasks that feed them), the cluster has {total.get('CPU', 0):g} CPUs and "
+            f"{total.get('GPU', 0):g} GPUs; lower train.num_workers or train.cpus_per_worker"
+        )
+    return min(fits, config.sweep.max_concurrent or fits)
+
+
+def gpus_per_worker(config: Config) -> int:
+    """1 when workers train on GPUs: asked for, or there is one for each worker of a run."""
+    if config.train.device == "auto":
+        return int(ray.cluster_resources().get("GPU", 0) >= config.train.num_workers)
+    return int(config.train.device == "cuda")
+
+
+def driver_resources() -> dict[str, float]:
+    """What a trial asks for that only drives a Train run: no CPU, so workers never wait for drivers."""
+    return {DRIVER_RESOURCE: 1}
+
+
+def refuse_local_root(root: str) -> None:
+    """A run on several machines needs a location all of them see.
+
+    Raises:
+        ValueError: `root` is a local path and the cluster has more than one live node.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if "://" not in root and len(nodes) > 1:
+        raise ValueError(
+            f"output '{root}' is a local path, but the cluster has {len(nodes)} nodes that would each write "
+            "their own; name an s3:// location or a mounted share as file:///..."
+        )
