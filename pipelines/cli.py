@@ -24,6 +24,8 @@ app = typer.Typer(
     help="Pretrain and compare contrastive image-text methods on a Ray cluster.",
 )
 console = Console()
+# Apart from what a verb prints, which may go into a file.
+error_console = Console(stderr=True)
 
 Files = Annotated[list[str] | None, typer.Option("--config", "-c", help="YAML file; right-most wins.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Any config value, as key.sub=value.")]
@@ -211,8 +213,8 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        console.print("[bold red]error:[/bold red]", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        error_console.print("[bold red]error:[/bold red]", end=" ")
+        error_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
