@@ -15,7 +15,6 @@ from pipelines import storage
 from pipelines.config import Config
 from pipelines.encode import ModelEncoder
 from pipelines.evaluation.main_metric import main_metric_value, resolve_main_metric, tasks_for_metric
-from pipelines.evaluation.preflight import check_main_metric, check_report_split
 from pipelines.evaluation.task_result import ResultContext, result_record, rows_table
 from pipelines.evaluation.tasks import Evaluation
 from pipelines.evaluation.tasks import evaluate as evaluate_tasks
@@ -39,41 +38,6 @@ def selection_value(config: Config, prepared: Prepared, trainer: Trainer) -> tup
     found = _evaluate(config, prepared, trainer, split=settings.select_on, keep_rule=keep_rule, tasks=tasks)
     name = ".".join(resolve_main_metric(found.results, settings.main_metric))
     return name, main_metric_value(found.results, settings.main_metric)
-
-
-def check_evaluation(config: Config, prepared: Prepared) -> None:
-    """Refuse, before anything is trained, data that a run could not be selected or reported on.
-
-    Raises:
-        ValueError: an empty split, an unknown label or metric, a main metric the selection split does not
-            define, or a report split that allows no task.
-    """
-    settings = config.evaluation.model_copy(update={"resamples": 0})
-    for key in ("select_on", "report_on"):
-        _refuse_empty_split(prepared, getattr(settings, key), key=key)
-    known: dict[str, Any] = {
-        "class_names": prepared.manifest["class_names"],
-        "label_counts": prepared.manifest["label_counts"].get("train", {}),
-    }
-    check_main_metric(
-        split_table(prepared.uri, settings.select_on),
-        settings.main_metric,
-        image_size=prepared.image_size,
-        settings=settings,
-        **known,
-    )
-    check_report_split(split_table(prepared.uri, settings.report_on), settings=settings, **known)
-
-
-def _refuse_empty_split(prepared: Prepared, split: str, *, key: str) -> None:
-    if prepared.num_rows(split):
-        return
-    counts = ", ".join(f"{name} {found['rows']}" for name, found in prepared.manifest["splits"].items())
-    raise ValueError(
-        f"evaluation.{key}={split}: the data has no rows in that split (rows: {counts}). Name the values of "
-        "the split column that belong to it in data.split_names, or set data.columns.split=null to divide "
-        "the rows 80/10/10 by the hash of their group"
-    )
 
 
 def evaluate_trained(

@@ -70,7 +70,7 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
         AlreadyExistsError: the run there is finished.
         RunFailedError: it ended as failed.
     """
-    from pipelines.evaluate import check_evaluation
+    from pipelines.check_data import check_data
     from pipelines.launch import RunFailedError, run_here, run_in_train
     from pipelines.plan import pretrain_plan
     from pipelines.prepare_once import dataset_name
@@ -83,7 +83,7 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
     place = prepare_stage(config, console, dry_run=dry_run)
     if dry_run:
         return
-    check_evaluation(config, Prepared.open(place))
+    check_data(config, Prepared.open(place))
     job = Job(
         root=config.output,
         run_id=run_id,

@@ -10,8 +10,8 @@ from ray import tune
 from rich.console import Console
 
 from pipelines import storage
+from pipelines.check_data import check_data
 from pipelines.config import Config
-from pipelines.evaluate import check_evaluation
 from pipelines.prepare_once import dataset_name
 from pipelines.prepared import Prepared
 from pipelines.progress import SweepProgress
@@ -37,7 +37,7 @@ def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
     """
     refuse_local_root(config.output)
     prepared = Prepared.open(prepared_uri)
-    check_evaluation(config, prepared)
+    check_data(config, prepared)
     name = config.output.partition("?")[0].rstrip("/").rpartition("/")[2]
     write_sweep_file(config, prepared, name=name)
     state = SweepState(config, name=name, prepared=prepared_uri, dataset=dataset_name(config))
