@@ -19,6 +19,7 @@ from tune_spaces.domains import describe
 # Pairs of the timing batch; the cost of a step is taken as proportional to its pairs.
 _TIMED_PAIRS = 32
 _TIMED_TOKENS = 16
+_HARMLESS_LR = 1e-9
 # Share of a trial's steps that is taken on average when some are stopped early.
 _TRIAL_SHARE = 0.9
 
@@ -87,7 +88,9 @@ def seconds_per_step(config: Config) -> float:
 def stand_in_trainer(config: Config) -> Trainer:
     """The method's trainer with a stand-in vocabulary: the tokenizer may not exist yet."""
     text = TextSpec(vocab_size=512, pad_id=0, start_id=1, end_id=3)
-    return Trainer(config.method, config.model, text, config.train, seed=config.seed)
+    # A rate that diverges on random pixels is for the run to refuse, not for its plan.
+    train = config.train.model_copy(update={"lr": _HARMLESS_LR})
+    return Trainer(config.method, config.model, text, train, seed=config.seed)
 
 
 def random_batch(config: Config, trainer: Trainer, num_pairs: int) -> PairBatch:
