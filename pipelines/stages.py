@@ -133,6 +133,8 @@ def evaluate_stage(
     trainer = build_trainer(config, prepared)
     trainer.load_state_dict(load_checkpoint(place)["trainer"])
     records = evaluate_trained(job, config, prepared, trainer, split=split)
+    if not records:
+        raise ValueError(f"the rows of split '{split}' in '{job.prepared}' allow no evaluation")
     if as_json:
         print(json.dumps(records, indent=1))
     else:

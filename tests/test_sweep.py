@@ -186,6 +186,7 @@ def test_a_trial_of_two_workers_runs_in_a_train_group(small_prepared: str, tmp_p
         "train.warmup_steps=1",
         "train.evaluate_every=1",
     )
+    write_sweep_file(config, Prepared.open(small_prepared), name="root")
     # A group takes long to start: the final run counts as done, only the trial is left.
     state = SweepState(config, name="root", prepared=small_prepared, dataset="scenes-quick")
     for _ in range(2):
@@ -194,7 +195,6 @@ def test_a_trial_of_two_workers_runs_in_a_train_group(small_prepared: str, tmp_p
         finish(job)
         state.on_end(job.run_id, "complete")
     storage.delete_folder(storage.join(config.output, "runs", "clip-t000"))
-    write_sweep_file(config, Prepared.open(small_prepared), name="root")
     carry_out(config, small_prepared)
     final, trial = Store(config.output).runs()
     assert (final["kind"], final["seconds"]) == ("best", 1.0)
