@@ -78,7 +78,9 @@ def leaderboards(store: Store, *, bootstrap: Bootstrap | None = None) -> list[Bo
         bootstrap: how intervals and tests are made; 1000 resamples at 95 % by default.
     """
     sweep, runs = store.sweep(), store.runs()
-    final = [result for result in store.results() if _is_final(result)]
+    replaced = replaced_runs(runs)
+    results = [result for result in store.results() if result["clipfleet"]["run_id"] not in replaced]
+    final = [result for result in results if _is_final(result)]
     datasets = list(dict.fromkeys(result["dataset"] for result in final))
     boards = []
     for dataset in datasets or [name for name in [sweep.get("dataset")] if name]:
@@ -86,6 +88,23 @@ def leaderboards(store: Store, *, bootstrap: Bootstrap | None = None) -> list[Bo
         builder = _BoardBuilder(store, sweep, runs, of_dataset, bootstrap or Bootstrap())
         boards.append(builder.board(dataset))
     return boards
+
+
+def replaced_runs(runs: Sequence[Json]) -> set[str]:
+    """Ids of final runs of a configuration that a longer sweep has replaced by a better one.
+
+    They stay in the store, but a mean over the seeds of two configurations would describe neither.
+    """
+    newest: dict[str, Json] = {}
+    for run in runs:
+        before = newest.get(run["method"])
+        if run["kind"] == "best" and (before is None or run["started"] >= before["started"]):
+            newest[run["method"]] = run
+    return {
+        run["run_id"]
+        for run in runs
+        if run["kind"] == "best" and run["params"] != newest[run["method"]]["params"]
+    }
 
 
 def main_metric_of(results: Sequence[Json], wanted: str) -> tuple[str, str]:
@@ -182,7 +201,8 @@ class _BoardBuilder:
             p_value, p_note = paired_p(entry.rows, ranked[0].rows, self.bootstrap)
         own = [run for run in self.runs if run["method"] == entry.method]
         trials = Counter(run["state"] for run in own if run["kind"] == "trial")
-        finals = [run for run in own if run["kind"] == entry.kind and run["state"] == "complete"]
+        shown = {result["clipfleet"]["run_id"] for result in entry.results}
+        finals = [run for run in own if run["run_id"] in shown and run["state"] == "complete"]
         return Row(
             method=entry.method,
             kind=entry.kind,

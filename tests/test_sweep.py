@@ -14,13 +14,16 @@ from rich.console import Console
 from pipelines import storage
 from pipelines.config import Config
 from pipelines.job import Job
+from pipelines.leaderboard import leaderboards
 from pipelines.prepared import Prepared
+from pipelines.report.aggregate import aggregate
 from pipelines.results import Store
 from pipelines.run_record import RunRecord
 from pipelines.stages import report_stage, results_stage
 from pipelines.sweep import SweepFailedError, check_sweep, run_sweep, write_sweep_file
 from pipelines.sweep_state import SweepMismatchError, SweepState, selection_values
 from tests.pipeline_fixture import small_config
+from tests.report_fixture import publish_class_result, write_root, write_run
 
 pytestmark = pytest.mark.ray
 
@@ -145,8 +148,28 @@ def test_a_longer_budget_adds_exactly_what_is_missing(swept: Swept):
     assert new_trials <= set(after) - set(before)
     # A method whose third trial was its best has its final run repeated with those values.
     assert all(count <= 2 for count in added.values())
+    (board,) = leaderboards(Store(config.output))
+    assert all(row.seeds == [5] for row in board.rows)
     state = SweepState(config, name="root", prepared=swept.prepared, dataset="scenes-quick")
     assert (state.num_done, state.next_job()) == (10, None)
+
+
+def test_final_runs_of_a_replaced_best_are_not_ranked_with_the_new_ones(tmp_path: Path):
+    root = write_root(str(tmp_path), methods=("clip",), seeds=(101,))
+    (board,) = leaderboards(Store(root))
+    before = next(row for row in board.rows if row.kind == "best")
+    final = {"method": "clip", "kind": "best", "seed": 101, "value": 0.9}
+    # A longer sweep found better values and repeated the final run with them.
+    write_run(root, "clip-best-z-s101", params={"method.temperature.init": 0.2}, state="complete", **final)
+    publish_class_result(root, "clip-best-z-s101", dataset="scenes-quick", **final)
+    (board,) = leaderboards(Store(root))
+    after = next(row for row in board.rows if row.kind == "best")
+    assert (before.run_ids, after.run_ids) == (["clip-best-s101"], ["clip-best-z-s101"])
+    assert (after.seeds, after.params) == ([101], {"method.temperature.init": 0.2})
+    # What the replaced run cost is still counted.
+    assert after.seconds_total > before.seconds_total
+    (shown,) = aggregate(Store(root))["configurations"]
+    assert shown["run_id"] == "clip-best-z-s101"
 
 
 def test_a_sweep_in_which_everything_fails_gives_up(small_prepared: str, tmp_path: Path):

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Final
 
 from pipelines.evaluation.statistics import Bootstrap
-from pipelines.leaderboard import Board, leaderboards
+from pipelines.leaderboard import Board, leaderboards, replaced_runs
 from pipelines.report.kept_tokens import sample_views
 from pipelines.results import Json, Store
 
@@ -24,17 +24,20 @@ def aggregate(store: Store, *, bootstrap: Bootstrap | None = None) -> Json:
     """
     sweep, runs, results = store.sweep(), store.runs(), store.results()
     boards = leaderboards(store, bootstrap=bootstrap)
+    replaced = replaced_runs(runs)
+    current = [run for run in runs if run["run_id"] not in replaced]
+    results = [result for result in results if result["clipfleet"]["run_id"] not in replaced]
     methods = list(dict.fromkeys([*sweep.get("methods", []), *(run["method"] for run in runs)]))
     return {
         "methods": methods,
-        "header": header(sweep, runs, results),
+        "header": header(sweep, runs, store.results()),
         "progress": progress(sweep, runs),
         "boards": boards,
         "curves": {method: curves_of(store, runs, method) for method in methods},
         "responses": {method: responses_of(runs, boards, method) for method in methods},
         "labels": [table for board in boards for table in label_tables(results, board)],
-        "samples": {method: samples_of(store, runs, method) for method in methods},
-        "configurations": configurations(runs, methods),
+        "samples": {method: samples_of(store, current, method) for method in methods},
+        "configurations": configurations(current, methods),
         "failures": [run for run in runs if run["state"] == "failed"],
         "quarantine": sweep.get("quarantine") or {},
         "runs": runs,
