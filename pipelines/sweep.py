@@ -57,11 +57,26 @@ def run_sweep(config: Config, prepared_uri: str, *, console: Console) -> None:
     searcher = QueueSearcher(state, on_event=progress.on_event)
     with progress:
         _tuner(config, prepared, searcher, num_samples=remaining).fit()
+    _conclude(state, searcher, console)
+
+
+def _conclude(state: SweepState, searcher: QueueSearcher, console: Console) -> None:
+    """Say what is left of a sweep that was interrupted.
+
+    Raises:
+        SweepFailedError: nothing of it works.
+    """
     worked = any(record["state"] in ("complete", "pruned") for record in state.records.values())
     if searcher.gave_up or (searcher.errors and not worked):
         raise SweepFailedError(
-            f"{len(searcher.errors)} runs of '{name}' all failed and the sweep was ended; start it in "
+            f"{len(searcher.errors)} runs of '{state.name}' all failed and the sweep was ended; start it in "
             "another output with what they ask for:\n  " + "\n  ".join(searcher.errors)
+        )
+    left = state.num_jobs - state.num_done
+    if left:
+        console.print(
+            f"Interrupted: {left} of {state.num_jobs} runs are left; the same command continues.",
+            highlight=False,
         )
 
 

@@ -30,8 +30,8 @@ SWEEP = (
     # A second actor would cost more to start than it saves.
     "sweep.max_concurrent=1",
     # Long enough that one is running when two are done.
-    "train.steps=40",
-    "train.evaluate_every=20",
+    "train.steps=20",
+    "train.evaluate_every=10",
     "train.checkpoint_every=10",
 )
 NUM_RUNS = 6
