@@ -54,8 +54,8 @@ def run_in_train(job: Job, *, inside_tune: bool = False) -> None:
     except TrainingFailedError as error:
         reason = recorded_failure(job) or noted_failure(job.root, job.run_id) or str(error)
         raise RunFailedError(f"run '{job.run_id}' failed: {reason}") from error
-    if reason := recorded_failure(job):
-        raise RunFailedError(f"run '{job.run_id}' failed: {reason}")
+    if recorded := recorded_failure(job):
+        raise RunFailedError(f"run '{job.run_id}' failed: {recorded}")
 
 
 def recorded_failure(job: Job) -> str | None:
