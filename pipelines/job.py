@@ -10,6 +10,8 @@ from typing import Any
 from pipelines import storage
 from pipelines.config import Config
 from pipelines.config_tree import validate_tree
+from pipelines.run_record import RunRecord
+from pipelines.versions import versions
 
 _FILE = "job.json"
 _FAILURE_FILE = "last_failure.json"
@@ -76,6 +78,21 @@ class Job:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def start_record(job: Job) -> RunRecord:
+    """The writer of a run's record, its record started or, after a kill, taken up again."""
+    record = RunRecord(job.root, job.run_id)
+    record.start(
+        method=job.tree["method"]["name"],
+        kind=job.kind,
+        seed=job.tree["seed"],
+        params=job.params,
+        config=job.tree,
+        number=job.number,
+        versions=versions(),
+    )
+    return record
 
 
 def note_failure(job: Job, reason: str) -> None:

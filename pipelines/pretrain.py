@@ -22,14 +22,13 @@ from pipelines.collate import BatchSettings
 from pipelines.config import Config
 from pipelines.evaluate import publish_evaluation, selection_value
 from pipelines.feed import Feed, MemoryFeed, load_rows, streams, train_order
-from pipelines.job import Job, identity, note_failure
+from pipelines.job import Job, identity, note_failure, start_record
 from pipelines.order import StepOrder
 from pipelines.port import Port
 from pipelines.prepared import Prepared
 from pipelines.run_record import RunRecord
 from pipelines.stream_feed import StreamFeed
 from pipelines.train_step import NonFiniteLossError, TextSpec, Trainer
-from pipelines.versions import versions
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,8 @@ class _Run:
         self.job, self.config, self.port = job, config, port
         self.identity = identity(job.tree)
         self.checkpoints = storage.join(job.folder, "checkpoints")
-        self.record = RunRecord(job.root, job.run_id) if port.rank == 0 else None
+        # Rank 0 holds the only writer.
+        self.record: RunRecord | None = None
         self.seconds_before = 0.0
         self.started = time.monotonic()
         self.selection: dict[str, Any] | None = None
@@ -107,16 +107,8 @@ class _Run:
 
     def build(self) -> None:
         """Start the record, build the trainer and continue from the newest checkpoint, if there is one."""
-        if self.record is not None:
-            self.record.start(
-                method=self.config.method.name,
-                kind=self.job.kind,
-                seed=self.config.seed,
-                params=self.job.params,
-                config=self.job.tree,
-                number=self.job.number,
-                versions=versions(),
-            )
+        if self.port.rank == 0:
+            self.record = start_record(self.job)
         self.prepared = Prepared.open(self.job.prepared)
         gather = ProcessGroupGather() if self.port.world > 1 else SingleProcess()
         self.trainer = build_trainer(

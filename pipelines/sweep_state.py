@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.config import Config, Tree
-from pipelines.job import Job, identity
+from pipelines.job import Job, identity, start_record
 from pipelines.results import Store
 from pipelines.run_record import RunRecord
 from pipelines.spaces import Space, apply_params, default_params, distributions, method_tree, space_of
@@ -238,17 +238,7 @@ class SweepState:
         error: str | None,
     ) -> dict[str, Any]:
         """Write the final record of a process that was stopped or died."""
-        writer = RunRecord(self.config.output, job.run_id)
-        if record is None:
-            config = job.config
-            writer.start(
-                method=config.method.name,
-                kind=job.kind,
-                seed=config.seed,
-                params=job.params,
-                config=job.tree,
-                number=job.number,
-            )
+        writer = start_record(job) if record is None else RunRecord(job.root, job.run_id)
         lines = [line for line in _curve(self.config.output, job.run_id) if "loss" in line]
         step = max([line["step"] for line in lines], default=0)
         selection = None

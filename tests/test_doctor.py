@@ -55,6 +55,8 @@ def fake_module(monkeypatch, folder: Path, name: str, code: str) -> None:
     """A package that runs `code` when imported, here and in child processes."""
     (folder / name).mkdir()
     (folder / name / "__init__.py").write_text(code)
+    # Another test may have imported the real one, which would be found first.
+    monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(folder))
 
 

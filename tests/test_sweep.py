@@ -13,12 +13,11 @@ from rich.console import Console
 
 from pipelines import storage
 from pipelines.config import Config
-from pipelines.job import Job
+from pipelines.job import Job, start_record
 from pipelines.leaderboard import leaderboards
 from pipelines.prepared import Prepared
 from pipelines.report.aggregate import aggregate
 from pipelines.results import Store
-from pipelines.run_record import RunRecord
 from pipelines.stages import report_stage, results_stage
 from pipelines.sweep import SweepFailedError, check_sweep, run_sweep, write_sweep_file
 from pipelines.sweep_state import SweepMismatchError, SweepState, selection_values
@@ -184,15 +183,7 @@ def test_a_sweep_in_which_everything_fails_gives_up(small_prepared: str, tmp_pat
 
 def finish(job: Job) -> None:
     """Leave the record of a complete run."""
-    record = RunRecord(job.root, job.run_id)
-    record.start(
-        method=job.config.method.name,
-        kind=job.kind,
-        seed=job.tree["seed"],
-        params=job.params,
-        config=job.tree,
-        number=job.number,
-    )
+    record = start_record(job)
     selection = {"metric": "acc1", "value": 0.5, "step": 2}
     record.finish("complete", seconds=1.0, steps=2, samples_seen=64, selection=selection)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import Config
-from pipelines.job import Job
-from pipelines.run_record import RunRecord
+from pipelines.job import Job, start_record
 from pipelines.studies import MethodStudy, open_storage
 from pipelines.sweep_state import SweepState, sweep_identity
 from tests.pipeline_fixture import small_config
@@ -31,15 +30,7 @@ def open_state(config: Config) -> SweepState:
 
 def play(job: Job, value: float, *, until: int = 6, finish: bool = True) -> None:
     """Leave the record that a run would leave."""
-    record = RunRecord(job.root, job.run_id)
-    record.start(
-        method=job.config.method.name,
-        kind=job.kind,
-        seed=job.tree["seed"],
-        params=job.params,
-        config=job.tree,
-        number=job.number,
-    )
+    record = start_record(job)
     for step in range(2, until + 1, 2):
         record.log({"step": step, "loss": 1.0, "seconds": 0.5 * step})
         record.log({"step": step, "selection": {"metric": "acc1", "value": value}})
