@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validat
 from models.methods.catalogue import METHODS
 from models.recipe import MethodRecipe
 from models.towers import TowerSettings
+from pipelines.sources.column_names import PlainColumns
 
 Tree = dict[str, Any]
 
@@ -21,20 +22,26 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ColumnMap(Settings):
-    """Which column of a Parquet source holds what; null means the source has none."""
+_COLUMNS = PlainColumns()
 
-    id: str | None = "id"
-    image: str = "image"
-    caption: str | None = "caption"
-    captions: str | None = "captions"
-    sentences: str | None = None
-    labels: str | None = "labels"
-    class_name: str | None = "class"
-    group: str | None = "group"
-    source: str | None = "source"
-    split: str | None = "split"
-    boxes: str | None = "boxes"
+
+class ColumnMap(Settings):
+    """Which column of a Parquet source holds what; null means the source has none.
+
+    A default name that the data does not have counts as null; a name given here must be there.
+    """
+
+    id: str | None = _COLUMNS.id
+    image: str = _COLUMNS.image
+    caption: str | None = _COLUMNS.caption
+    captions: str | None = _COLUMNS.captions
+    sentences: str | None = _COLUMNS.sentences
+    labels: str | None = _COLUMNS.labels
+    class_name: str | None = _COLUMNS.class_name
+    group: str | None = _COLUMNS.group
+    source: str | None = _COLUMNS.source
+    split: str | None = _COLUMNS.split
+    boxes: str | None = _COLUMNS.boxes
 
 
 class DataConfig(Settings):

@@ -9,7 +9,7 @@ from pipelines import storage
 from pipelines.config import Config
 from pipelines.prepare import Progress, prepare
 from pipelines.prepared import read_manifest
-from pipelines.sources.open_source import source_identity
+from pipelines.sources.open_source import open_source, source_identity
 
 
 def dataset_name(config: Config) -> str:
@@ -30,6 +30,11 @@ def prepared_place(config: Config) -> str:
     content = {"data": config.tree()["data"], "source": source_identity(config.data)}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     return storage.join(config.prepared, f"{dataset_name(config)}-{digest}")
+
+
+def source_notes(config: Config) -> list[str]:
+    """What the user should know about how the source's rows are read."""
+    return open_source(config.data).notes
 
 
 def ensure_prepared(config: Config, *, on_progress: Progress | None = None) -> str:

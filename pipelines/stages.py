@@ -21,7 +21,7 @@ from pipelines.progress import StageProgress
 def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
     """Prepare the data unless it is there; print counts. Returns its location."""
     from pipelines.cluster import connect
-    from pipelines.prepare_once import ensure_prepared, prepared_place
+    from pipelines.prepare_once import ensure_prepared, prepared_place, source_notes
     from pipelines.prepared import read_manifest
 
     place = prepared_place(config)
@@ -31,6 +31,8 @@ def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
         highlight=False,
         soft_wrap=True,
     )
+    if notes := source_notes(config):
+        console.print(f"  {'; '.join(notes)}", highlight=False)
     if dry_run:
         return place
     connect(address=config.ray_address)

@@ -204,10 +204,17 @@ def test_identity_follows_the_files(save, tmp_path):
     ("table", "settings", "message"),
     [
         (
-            raw_table(captions=None),
-            {},
-            r"column 'captions' is missing; columns found: id, image, caption, labels",
+            raw_table(),
+            {"columns": {"captions": "texts"}},
+            r"column 'texts' is missing; columns found: id, image, caption, captions, labels",
         ),
+        (
+            raw_table(caption=None, captions=None),
+            {},
+            "'caption' is missing; column 'captions' is missing|"
+            "'captions' is missing; column 'caption' is missing",
+        ),
+        (raw_table(image=None), {}, "column 'image' is missing"),
         (raw_table(), {"columns": {"image": "picture"}}, "column 'picture' is missing"),
         (raw_table(), {"columns": {"caption": None, "captions": None}}, "one of caption and captions"),
         (raw_table(image=["text"] * 6), {}, "column 'image' must hold encoded image bytes, found string"),
@@ -223,6 +230,19 @@ def test_identity_follows_the_files(save, tmp_path):
 def test_unusable_files_are_refused_when_opened(save, table, settings, message):
     with pytest.raises(ValueError, match=message):
         open_source(config_for(save(table), **settings))
+
+
+def test_two_columns_are_enough(save):
+    table = raw_table().select(["image", "caption"]).rename_columns(["image", "text"])
+    config = config_for(save(table), columns={"caption": "text"})
+    rows = rows_of(config)
+    assert [row["captions"] for row in rows] == [[f"caption {i}"] for i in range(6)]
+    assert {row["split"] for row in rows} <= {"train", "selection", "test"}
+    assert all(row["labels"] == [] and row["class_name"] is None for row in rows)
+    notes = open_source(config).notes
+    assert "no column 'split': rows are divided 80/10/10 by a hash" in notes
+    assert "no column 'labels'" in notes
+    assert open_source(config_for(save(raw_table()))).notes == []
 
 
 def test_where_can_leave_an_unknown_split_out(save):

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.schemas import PAIRS
-from pipelines.sources.source import ColumnNames
+from pipelines.sources.column_names import PlainColumns
 
 _BOX_FIELDS = {"label", "x", "y", "w", "h"}
-
-
-@dataclass(frozen=True)
-class PlainColumns:
-    """`ColumnNames` without the config class, whose module would be imported in every worker."""
-
-    id: str | None
-    image: str
-    caption: str | None
-    captions: str | None
-    sentences: str | None
-    labels: str | None
-    class_name: str | None
-    group: str | None
-    source: str | None
-    split: str | None
-    boxes: str | None
-
-    @classmethod
-    def of(cls, columns: ColumnNames) -> PlainColumns:
-        return cls(**{field.name: getattr(columns, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import hashlib
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +21,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.schemas import SPLITS
-from pipelines.sources.columns import ColumnMapper, PlainColumns
+from pipelines.sources.column_names import PlainColumns
+from pipelines.sources.columns import ColumnMapper
 from pipelines.sources.source import Piece, SourceSettings
 from pipelines.storage import filesystem, join, list_files
 
@@ -51,11 +52,12 @@ class ParquetSource:
         self._uri = uri
         self._rows_per_piece = settings.rows_per_shard
         stem = posixpath.basename(uri.partition("?")[0].rstrip("/")).removesuffix(".parquet")
-        self._mapper = ColumnMapper(
-            PlainColumns.of(settings.columns), dict(settings.split_names), default_source=stem
-        )
         self._where = dict(settings.where)
         self._files = _describe(uri)
+        wanted = PlainColumns.of(settings.columns)
+        columns = wanted.without_absent({name for file in self._files for name in file.schema.names})
+        self.notes = _absent_columns(wanted, columns)
+        self._mapper = ColumnMapper(columns, dict(settings.split_names), default_source=stem)
         for file in self._files:
             self._mapper.check(file.schema, where=file.uri)
             self._filter(file.schema, uri=file.uri)
@@ -144,6 +146,20 @@ class ParquetSource:
                 f"{sorted(self._mapper.split_names)} to {list(SPLITS)}. Add them there, or leave those "
                 f"rows out with data.where"
             )
+
+
+def _absent_columns(wanted: PlainColumns, found: PlainColumns) -> list[str]:
+    """What the absence of a column means, for the user to read."""
+    meaning = {
+        "id": "rows are named by their place in the file",
+        "split": "rows are divided 80/10/10 by a hash",
+        "group": "every row is a group of its own",
+    }
+    absent = [f.name for f in fields(wanted) if getattr(wanted, f.name) != getattr(found, f.name)]
+    return [
+        f"no column '{getattr(wanted, name)}'" + (f": {meaning[name]}" if name in meaning else "")
+        for name in absent
+    ]
 
 
 def _scan(fragment: ds.Fragment, *, columns: list[str], row_filter: Any) -> Iterator[pa.Table]:

@@ -34,6 +34,10 @@ class SceneSource:
         }
 
     @property
+    def notes(self) -> list[str]:
+        return []
+
+    @property
     def identity(self) -> str:
         counts = " ".join(f"{split}={count}" for split, count in self._counts.items())
         name, digits = self._design.name, digits_sha()[:16]

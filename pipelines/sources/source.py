@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray.data
 
+from pipelines.sources.column_names import ColumnNames
+
 # Reading waits for storage most of the time, and a whole core per task would starve the stages that
 # share the machine.
 READ_CPUS = 0.5
@@ -20,33 +22,6 @@ READ_CPUS = 0.5
 # Decoding keeps a core busy, and a job of one stage has no other to starve: half a core per task would
 # start twice the worker processes for the same work.
 _PIECE_CPUS = 1
-
-
-class ColumnNames(Protocol):
-    """Where a file keeps each column of `schemas.PAIRS`; None: it has no such column."""
-
-    @property
-    def id(self) -> str | None: ...
-    @property
-    def image(self) -> str: ...
-    @property
-    def caption(self) -> str | None: ...
-    @property
-    def captions(self) -> str | None: ...
-    @property
-    def sentences(self) -> str | None: ...
-    @property
-    def labels(self) -> str | None: ...
-    @property
-    def class_name(self) -> str | None: ...
-    @property
-    def group(self) -> str | None: ...
-    @property
-    def source(self) -> str | None: ...
-    @property
-    def split(self) -> str | None: ...
-    @property
-    def boxes(self) -> str | None: ...
 
 
 class SourceSettings(Protocol):
@@ -90,6 +65,11 @@ class PairSource(Protocol):
     @property
     def identity(self) -> str:
         """Changes whenever the rows may have changed; part of the address of what is made from them."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about how the rows are read."""
         ...
 
     def pieces(self) -> list[Piece]: ...
