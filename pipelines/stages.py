@@ -212,7 +212,11 @@ def _print_results(root: str, console: Console, *, run_id: str) -> None:
 
 def _metrics_table(records: list[dict[str, Any]], title: str) -> Table:
     """Every metric of some result records with its interval."""
-    table = Table(title=f"{title} on {records[0]['clipfleet']['split']}", title_justify="left", box=None)
+    split = records[0]["clipfleet"]["split"]
+    # As narrow as it gets: it must fit 80 columns.
+    table = Table(
+        title=f"{title} on {split}", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
+    )
     sources = {record["dataset"] for record in records}
     headings = ["dataset"] if len(sources) > 1 else []
     for heading in (*headings, "task", "metric", "value", "interval", "rows"):
@@ -220,7 +224,7 @@ def _metrics_table(records: list[dict[str, Any]], title: str) -> Table:
     for record in records:
         ours = record["clipfleet"]
         task = record["task"].removeprefix("zeroshot_").replace("_", " ")
-        task += f" ({ours['keep_rule']} patches)" if ours["keep_rule"] != "all" else ""
+        task += f" ({ours['keep_rule']})" if ours["keep_rule"] != "all" else ""
         for metric, value in record["metrics"].items():
             if metric == "main_metric":
                 continue
