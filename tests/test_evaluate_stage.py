@@ -47,7 +47,7 @@ def test_the_only_run_with_weights_of_a_root_is_found(root: str):
     assert "aclip-s0 on test" in shown
     assert shown == evaluate(storage.join(root, "runs", "aclip-s0"))
     # Both ways of using a model that drops patches.
-    assert "classification (kept patches)" in shown
+    assert "classification (kept)" in shown
     stored = next(r for r in Store(root).results() if r["task"] == "zeroshot_classification")
     assert f"{stored['metrics']['acc1']:.3f}" in shown
 
