@@ -90,6 +90,12 @@ def latest_place(folder: str) -> str | None:
     return storage.join(folder, steps[-1]) if steps else None
 
 
+def drop_checkpoints(folder: str) -> None:
+    """Remove a run's checkpoints; a sweep whose trials kept their weights would fill the disk."""
+    if storage.exists(folder):
+        storage.delete_folder(folder)
+
+
 def _steps(folder: str) -> list[str]:
     manifests = storage.list_files(folder, suffix=_MANIFEST)
     return sorted(path.split("/")[0] for path in manifests)

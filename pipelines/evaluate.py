@@ -12,7 +12,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines import storage
-from pipelines.config import Config
+from pipelines.config import Config, EvalConfig
 from pipelines.encode import ModelEncoder
 from pipelines.evaluation.main_metric import main_metric_value, resolve_main_metric, tasks_for_metric
 from pipelines.evaluation.task_result import ResultContext, result_record, rows_table
@@ -22,6 +22,7 @@ from pipelines.job import Job
 from pipelines.prepared import Prepared
 from pipelines.results import publish_result
 from pipelines.schemas import SAMPLES
+from pipelines.tokenizer import TextTokenizer
 from pipelines.train_step import Trainer
 from pipelines.versions import versions
 
@@ -35,7 +36,7 @@ def selection_value(config: Config, prepared: Prepared, trainer: Trainer) -> tup
     table = split_table(prepared.uri, settings.select_on)
     tasks = tasks_for_metric(settings.main_metric, table)
     keep_rule = "all" if config.method.selection.kind == "none" else "kept"
-    found = _evaluate(config, prepared, trainer, split=settings.select_on, keep_rule=keep_rule, tasks=tasks)
+    found = _evaluate(settings, prepared, trainer, split=settings.select_on, keep_rule=keep_rule, tasks=tasks)
     name = ".".join(resolve_main_metric(found.results, settings.main_metric))
     return name, main_metric_value(found.results, settings.main_metric)
 
@@ -55,8 +56,8 @@ def publish_evaluation(job: Job, config: Config, prepared: Prepared, trainer: Tr
     split = config.evaluation.report_on
     for record, rows in _all_results(job, config, prepared, trainer, split=split):
         publish_result(job.root, record, rows)
-    samples = sample_images(config, prepared, trainer)
-    if len(samples):
+    if config.evaluation.num_samples:
+        samples = sample_images(config, prepared, trainer)
         storage.write_table(storage.join(job.folder, "samples.parquet"), samples)
 
 
@@ -65,7 +66,7 @@ def _all_results(
 ) -> Iterator[tuple[dict[str, Any], pa.Table]]:
     keep_rules = ["all"] if config.method.selection.kind == "none" else ["all", "kept"]
     for keep_rule in keep_rules:
-        found = _evaluate(config, prepared, trainer, split=split, keep_rule=keep_rule)
+        found = _evaluate(config.evaluation, prepared, trainer, split=split, keep_rule=keep_rule)
         context = _context(job, config, prepared, trainer, split=split, keep_rule=keep_rule)
         for result in found.results:
             yield result_record(result, context), rows_table(result)
@@ -77,7 +78,7 @@ def sample_images(config: Config, prepared: Prepared, trainer: Trainer) -> pa.Ta
     table = table.slice(0, config.evaluation.num_samples)
     size = prepared.image_size
     images = np.stack([np.frombuffer(i.as_py(), np.uint8).reshape(size, size, 3) for i in table["image"]])
-    encoder = _encoder(config, prepared, trainer, applies_keep_rule=True)
+    encoder = _encoder(prepared, trainer, applies_keep_rule=True)
     scores = encoder.token_scores(images).cpu().numpy()
     return pa.table(
         {
@@ -99,8 +100,14 @@ def split_table(prepared_uri: str, split: str) -> pa.Table:
     return Prepared.open(prepared_uri).table(split)
 
 
+@lru_cache(maxsize=2)
+def _tokenizer(prepared_uri: str) -> TextTokenizer:
+    """The data's tokenizer; kept for the same reason."""
+    return Prepared.open(prepared_uri).tokenizer()
+
+
 def _evaluate(
-    config: Config,
+    settings: EvalConfig,
     prepared: Prepared,
     trainer: Trainer,
     *,
@@ -108,28 +115,23 @@ def _evaluate(
     keep_rule: str,
     tasks: tuple[str, ...] | None = None,
 ) -> Evaluation:
-    settings = config.evaluation
-    if tasks is not None:
-        settings = settings.model_copy(update={"resamples": 0})
     found = evaluate_tasks(
-        _encoder(config, prepared, trainer, applies_keep_rule=keep_rule == "kept"),
+        _encoder(prepared, trainer, applies_keep_rule=keep_rule == "kept"),
         split_table(prepared.uri, split),
         image_size=prepared.image_size,
         settings=settings,
         class_names=prepared.manifest["class_names"],
         label_counts=prepared.manifest["label_counts"].get("train", {}),
         tasks=tasks,
-        seed=config.seed,
+        seed=trainer.seed,
     )
     trainer.model.train()
     return found
 
 
-def _encoder(
-    config: Config, prepared: Prepared, trainer: Trainer, *, applies_keep_rule: bool
-) -> ModelEncoder:
+def _encoder(prepared: Prepared, trainer: Trainer, *, applies_keep_rule: bool) -> ModelEncoder:
     return ModelEncoder(
-        trainer.model, prepared.tokenizer(), teacher=trainer.teacher, applies_keep_rule=applies_keep_rule
+        trainer.model, _tokenizer(prepared.uri), teacher=trainer.teacher, applies_keep_rule=applies_keep_rule
     )
 
 

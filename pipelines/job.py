@@ -68,6 +68,11 @@ class Job:
     def folder(self) -> str:
         return storage.join(self.root, "runs", self.run_id)
 
+    @property
+    def checkpoints(self) -> str:
+        """Where the run's checkpoints are."""
+        return storage.join(self.folder, "checkpoints")
+
     def write(self) -> None:
         """Put the job into its run's folder, where the process that runs it finds it."""
         storage.write_json(storage.join(self.folder, _FILE), self.as_dict())

@@ -13,6 +13,7 @@ from pipelines.job import Job, identity, noted_failure
 from pipelines.port import LocalPort, TrainPort
 from pipelines.prepared import Prepared
 from pipelines.resources import gpus_per_worker, refuse_local_root, runs_at_once
+from pipelines.run_record import read_record
 
 
 class RunFailedError(ValueError):
@@ -60,8 +61,7 @@ def run_in_train(job: Job, *, inside_tune: bool = False) -> None:
 
 def recorded_failure(job: Job) -> str | None:
     """The error of a run whose record says that trying again is of no use."""
-    uri = storage.join(job.folder, "run.json")
-    record = storage.read_json(uri) if storage.exists(uri) else {}
+    record = read_record(job.root, job.run_id) or {}
     return str(record["error"]) if record.get("state") == "failed" else None
 
 

@@ -16,8 +16,7 @@ import torch
 
 from models.gather import Gather, ProcessGroupGather, SingleProcess
 from models.outputs import PairBatch
-from pipelines import storage
-from pipelines.checkpoint import load_latest, save_checkpoint
+from pipelines.checkpoint import drop_checkpoints, load_latest, save_checkpoint
 from pipelines.collate import BatchSettings
 from pipelines.config import Config
 from pipelines.evaluate import publish_evaluation, selection_value
@@ -93,7 +92,6 @@ class _Run:
     def __init__(self, job: Job, config: Config, port: Port) -> None:
         self.job, self.config, self.port = job, config, port
         self.identity = identity(job.tree)
-        self.checkpoints = storage.join(job.folder, "checkpoints")
         # Rank 0 holds the only writer.
         self.record: RunRecord | None = None
         self.seconds_before = 0.0
@@ -114,7 +112,7 @@ class _Run:
         self.trainer = build_trainer(
             self.config, self.prepared, gather=gather, device=pick_device(self.config)
         )
-        state = load_latest(self.checkpoints, identity=self.identity)
+        state = load_latest(self.job.checkpoints, identity=self.identity)
         if state is not None:
             self.trainer.load_state_dict(state["trainer"])
             self.seconds_before = float(state["seconds"])
@@ -165,8 +163,7 @@ class _Run:
         if self.record is None:
             return outcome
         if self.job.kind == "trial":
-            # Only runs that are reported keep their weights; a sweep would fill the disk.
-            storage.delete_folder(self.checkpoints)
+            drop_checkpoints(self.job.checkpoints)
         else:
             publish_evaluation(self.job, self.config, self.prepared, self.trainer)
         self._finish_record("complete")
@@ -191,7 +188,7 @@ class _Run:
             "seconds": self.seconds,
             "selection": self.selection,
         }
-        save_checkpoint(self.checkpoints, state, identity=self.identity)
+        save_checkpoint(self.job.checkpoints, state, identity=self.identity)
 
     def _report(self, step: int) -> None:
         if self.record is not None:

@@ -92,6 +92,35 @@ def read_json(uri: str) -> Any:
         raise ValueError(f"'{uri}' is not readable JSON: {error}") from error
 
 
+def read_curve(root_uri: str, run_id: str) -> list[Json]:
+    """The metric log of a run by step; a step that was repeated after a resume appears once.
+
+    A training line and a selection line of the same step stay two lines. Lines that a killed attempt
+    wrote at or beyond the step where the next attempt began are dropped. Empty when there is no log yet.
+    """
+    folder = storage.join(root_uri, "runs", run_id, "metrics")
+    names = sorted(storage.list_files(folder), key=lambda name: name.removesuffix(".jsonl"))
+    lines = [line for name in names for line in _read_lines(storage.join(folder, name))]
+    began: dict[int, int] = {}
+    for line in lines:
+        attempt = line.get("attempt", 1)
+        began[attempt] = min(began.get(attempt, line["step"]), line["step"])
+    unique: dict[tuple[int, bool], Json] = {}
+    for line in sorted(lines, key=lambda line: line.get("attempt", 1)):
+        attempt = line.get("attempt", 1)
+        if all(line["step"] < step for later, step in began.items() if later > attempt):
+            unique[line["step"], "selection" in line] = line
+    return [unique[key] for key in sorted(unique)]
+
+
+def _read_lines(uri: str) -> Iterator[Json]:
+    for number, text in enumerate(storage.read_bytes(uri).decode("utf-8").splitlines(), start=1):
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{uri}', line {number} is not readable JSON: {error}") from error
+
+
 class Store:
     """Reader of one run root; it reads files only, so it works during, after and without a cluster."""
 
@@ -127,24 +156,8 @@ class Store:
         return list(self._results)
 
     def curve(self, run_id: str) -> list[Json]:
-        """The metric log of a run by step; a step that was repeated after a resume appears once.
-
-        A training line and a selection line of the same step stay two lines. Lines that a killed attempt
-        wrote at or beyond the step where the next attempt began are dropped.
-        """
-        folder = f"runs/{run_id}/metrics"
-        names = sorted(self._list(folder), key=lambda name: name.removesuffix(".jsonl"))
-        lines = [line for name in names for line in self._read_lines(f"{folder}/{name}")]
-        began: dict[int, int] = {}
-        for line in lines:
-            attempt = line.get("attempt", 1)
-            began[attempt] = min(began.get(attempt, line["step"]), line["step"])
-        unique: dict[tuple[int, bool], Json] = {}
-        for line in sorted(lines, key=lambda line: line.get("attempt", 1)):
-            attempt = line.get("attempt", 1)
-            if all(line["step"] < step for later, step in began.items() if later > attempt):
-                unique[line["step"], "selection" in line] = line
-        return [unique[key] for key in sorted(unique)]
+        """`read_curve` of a run of this root."""
+        return read_curve(self.root_uri, run_id)
 
     def samples(self, run_id: str) -> pa.Table | None:
         """The sample images of a run, schema `schemas.SAMPLES`; None when it has none."""
@@ -187,14 +200,6 @@ class Store:
     def _read_one(self, name: str) -> Json:
         value = read_json(storage.join(self.root_uri, name))
         return _versioned(value, name) if name.startswith("runs/") else value
-
-    def _read_lines(self, name: str) -> Iterator[Json]:
-        uri = storage.join(self.root_uri, name)
-        for number, text in enumerate(storage.read_bytes(uri).decode("utf-8").splitlines(), start=1):
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"'{uri}', line {number} is not readable JSON: {error}") from error
 
     def _list(self, folder: str) -> list[str]:
         return storage.list_files(storage.join(self.root_uri, folder))

@@ -16,10 +16,18 @@ from typing import Any, Final
 from pipelines import storage
 
 SCHEMA_VERSION: Final = 1
+RECORD_FILE: Final = "run.json"
 KINDS: Final = ("trial", "best", "default", "single")
 FINAL_STATES: Final = ("complete", "pruned", "failed")
 # What a resume must find unchanged; the rest of the resolved tree (workers, paths) may differ.
 _IDENTITY: Final = ("method", "kind", "seed", "params", "number")
+
+
+def read_record(root_uri: str, run_id: str) -> dict[str, Any] | None:
+    """A run's record as it is now; None when the run has none yet."""
+    uri = storage.join(root_uri, "runs", run_id, RECORD_FILE)
+    record: dict[str, Any] | None = storage.read_json(uri) if storage.exists(uri) else None
+    return record
 
 
 class RunRecord:
@@ -37,7 +45,7 @@ class RunRecord:
             )
         self.run_id = run_id
         self._folder = storage.join(root_uri, "runs", run_id)
-        self._record_uri = storage.join(self._folder, "run.json")
+        self._record_uri = storage.join(self._folder, RECORD_FILE)
         self._attempt: int | None = None
         self._buffer: list[dict[str, Any]] = []
         self._written: set[str] = set()

@@ -1,7 +1,7 @@
-"""Arrow schemas of the tables that cross a stage, each with a version.
+"""Arrow schemas of the tables that cross a stage.
 
-A stage checks its input against these before any worker starts; a column is added by raising the
-version, never by letting a reader guess.
+A stage checks its input against these before any worker starts. A column is added by raising the version
+in the file that lies beside the table (manifest, run record), never by letting a reader guess.
 """
 
 from __future__ import annotations
@@ -9,11 +9,6 @@ from __future__ import annotations
 from typing import Final
 
 import pyarrow as pa
-
-PAIRS_VERSION: Final = 1
-PREPARED_VERSION: Final = 1
-QUARANTINE_VERSION: Final = 1
-SAMPLES_VERSION: Final = 1
 
 SPLITS: Final = ("train", "selection", "test")
 

@@ -16,6 +16,7 @@ from pipelines.config_tree import validate_tree, with_overrides
 from pipelines.job import Job
 from pipelines.prepared import Prepared
 from pipelines.progress import StageProgress
+from pipelines.run_record import RECORD_FILE, read_record
 
 
 def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
@@ -102,7 +103,8 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
         (run_here if local else run_in_train)(job)
     except NonFiniteLossError as error:
         raise RunFailedError(f"run '{run_id}' failed: {error}") from error
-    record = storage.read_json(storage.join(job.folder, "run.json"))
+    record = read_record(job.root, run_id)
+    assert record is not None
     console.print(f"{run_id}: {record['state']} after {record['seconds']:.0f} s of training", highlight=False)
     _print_results(config.output, console, run_id=run_id)
 
@@ -178,8 +180,9 @@ def report_stage(root: str, console: Console, *, output: str | None, dry_run: bo
 
 
 def _refuse_finished(root: str, run_id: str) -> None:
-    uri = storage.join(root, "runs", run_id, "run.json")
-    if storage.exists(uri) and storage.read_json(uri)["state"] != "running":
+    record = read_record(root, run_id)
+    if record is not None and record["state"] != "running":
+        uri = storage.join(root, "runs", run_id, RECORD_FILE)
         raise storage.AlreadyExistsError(
             f"'{uri}' is a finished run and is never overwritten; name another output or seed"
         )

@@ -16,6 +16,7 @@ from pipelines.prepare_once import dataset_name
 from pipelines.prepared import Prepared
 from pipelines.progress import SweepProgress
 from pipelines.resources import driver_resources, gpus_per_worker, refuse_local_root, runs_at_once
+from pipelines.run_record import RECORD_FILE
 from pipelines.spaces import space_of
 from pipelines.sweep_state import SweepMismatchError, SweepState, sweep_identity
 from pipelines.tune_bridge import QueueSearcher, QueueStopper, drive_train_run, train_in_actor
@@ -103,7 +104,7 @@ def _sweep_there(config: Config) -> dict[str, Any]:
                 "(output=runs/NAME) or repeat the settings it was started with"
             )
         return found
-    if storage.list_files(storage.join(config.output, "runs"), suffix="run.json"):
+    if storage.list_files(storage.join(config.output, "runs"), suffix=RECORD_FILE):
         raise SweepMismatchError(
             f"'{config.output}' holds single runs, no sweep; name another output (output=runs/NAME)"
         )

@@ -10,14 +10,15 @@ import dataclasses
 import hashlib
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines import storage
+from pipelines.checkpoint import drop_checkpoints
 from pipelines.config import Config, Tree
 from pipelines.job import Job, identity, start_record
-from pipelines.results import Store
-from pipelines.run_record import RunRecord
+from pipelines.results import read_curve
+from pipelines.run_record import RECORD_FILE, RunRecord, read_record
 from pipelines.spaces import Space, apply_params, default_params, distributions, method_tree, space_of
 from pipelines.studies import MethodStudy, open_storage
 
@@ -121,13 +122,14 @@ class SweepState:
             state: `complete`; `pruned` and `failed` also finish the record, whose process is gone.
         """
         job = self._running.pop(run_id)
-        record = _read_record(self.config.output, run_id)
-        values = selection_values(self.config.output, run_id)
+        record = read_record(self.config.output, run_id)
+        lines = read_curve(self.config.output, run_id)
+        values = selection_values(lines)
         if record is None or record["state"] == "running":
-            record = self._finish_record(job, record, state, values, error)
+            record = self._finish_record(job, record, state, lines, error)
         self._records[run_id] = record
         if job.kind == "trial" and job.number is not None:
-            _delete_weights(job)
+            drop_checkpoints(job.checkpoints)
             method = self._methods[record["method"]]
             method.num_done += 1
             final = values[max(values)] if values else None
@@ -156,7 +158,7 @@ class SweepState:
         method = self._methods[name]
         trials = [r for r in self._records.values() if r["method"] == name and r["kind"] == "trial"]
         for record in sorted(trials, key=lambda r: r["number"]):
-            values = selection_values(self.config.output, record["run_id"])
+            values = selection_values(read_curve(self.config.output, record["run_id"]))
             method.num_asked = max(method.num_asked, record["number"] + 1)
             if record["state"] == "running":
                 method.study.ask_again(record["number"], record["params"], values)
@@ -234,26 +236,26 @@ class SweepState:
         job: Job,
         record: Mapping[str, Any] | None,
         state: str,
-        values: Mapping[int, float],
+        lines: Sequence[Mapping[str, Any]],
         error: str | None,
     ) -> dict[str, Any]:
         """Write the final record of a process that was stopped or died."""
         writer = start_record(job) if record is None else RunRecord(job.root, job.run_id)
-        lines = [line for line in _curve(self.config.output, job.run_id) if "loss" in line]
-        step = max([line["step"] for line in lines], default=0)
+        trained = [line for line in lines if "loss" in line]
+        step = max([line["step"] for line in trained], default=0)
         selection = None
-        if values:
+        if values := selection_values(lines):
             last = max(values)
             selection = {"metric": self.config.evaluation.main_metric, "value": values[last], "step": last}
         writer.finish(
             state,
-            seconds=lines[-1]["seconds"] if lines else 0.0,
+            seconds=trained[-1]["seconds"] if trained else 0.0,
             steps=step,
             samples_seen=step * self.config.train.batch_size,
             selection=selection,
             error=error,
         )
-        found = _read_record(self.config.output, job.run_id)
+        found = read_record(job.root, job.run_id)
         assert found is not None
         return found
 
@@ -265,35 +267,19 @@ def sweep_identity(config: Config) -> str:
     return hashlib.sha256((identity(tree) + json.dumps(sweep, sort_keys=True)).encode()).hexdigest()[:16]
 
 
-def selection_values(root: str, run_id: str) -> dict[int, float]:
-    """Values of the selection metric by step, as logged."""
+def selection_values(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Values of the selection metric by step, from the lines of a metric log."""
     return {
         int(line["step"]): float(line["selection"]["value"])
-        for line in _curve(root, run_id)
+        for line in lines
         if line.get("selection") and line["selection"]["value"] is not None
     }
 
 
-def _curve(root: str, run_id: str) -> list[dict[str, Any]]:
-    return Store(root).curve(run_id) if _read_record(root, run_id) else []
-
-
 def _read_records(root: str) -> dict[str, dict[str, Any]]:
-    files = storage.list_files(storage.join(root, "runs"), suffix="run.json")
+    files = storage.list_files(storage.join(root, "runs"), suffix=RECORD_FILE)
     records = [storage.read_json(storage.join(root, "runs", file)) for file in files]
     return {record["run_id"]: record for record in records}
-
-
-def _read_record(root: str, run_id: str) -> dict[str, Any] | None:
-    uri = storage.join(root, "runs", run_id, "run.json")
-    return storage.read_json(uri) if storage.exists(uri) else None
-
-
-def _delete_weights(job: Job) -> None:
-    """A trial that was stopped or failed leaves checkpoints; only runs that are reported keep theirs."""
-    folder = storage.join(job.folder, "checkpoints")
-    if storage.exists(folder):
-        storage.delete_folder(folder)
 
 
 def _short_hash(params: Mapping[str, Any]) -> str:

@@ -78,7 +78,7 @@ class Trainer:
         Args:
             gather: over the workers of a process group; None for one process.
         """
-        self.recipe, self.train = recipe, train
+        self.recipe, self.train, self.seed = recipe, train, seed
         self.gather: Gather = gather or SingleProcess()
         self.device = device or torch.device("cpu")
         self.step = 0
@@ -196,7 +196,8 @@ class Trainer:
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def _refuse_non_finite(self, report: LossReport, grad_norm: Tensor) -> None:
-        if torch.isfinite(report.loss) and torch.isfinite(grad_norm):
+        # One number to read: each read waits for the device.
+        if torch.isfinite(report.loss.detach() + grad_norm):
             return
         terms = ", ".join(f"{name}={float(value):g}" for name, value in report.terms.items())
         raise NonFiniteLossError(

@@ -112,6 +112,14 @@ def test_run_publishes_every_task_with_both_keep_rules(tmp_path: Path, small_pre
     assert [sum(kept) for kept in samples["is_kept"].to_pylist()] == [9, 9]
 
 
+def test_a_run_without_sample_images_completes(tmp_path: Path, small_prepared: str):
+    config = small_config(tmp_path, "evaluation.num_samples=0")
+    run_here(small_job(config, small_prepared, "run"))
+    store = Store(config.output)
+    assert store.runs()[0]["state"] == "complete"
+    assert store.samples("run") is None
+
+
 def test_divergence_fails_the_run_with_step_method_and_terms(tmp_path: Path, small_prepared: str):
     config = small_config(tmp_path, "train.lr=1e30", "train.max_grad_norm=null", "train.warmup_steps=0")
     job = small_job(config, small_prepared, "run")

@@ -17,7 +17,7 @@ from pipelines.job import Job, start_record
 from pipelines.leaderboard import leaderboards
 from pipelines.prepared import Prepared
 from pipelines.report.aggregate import aggregate
-from pipelines.results import Store
+from pipelines.results import Store, read_curve
 from pipelines.stages import report_stage, results_stage
 from pipelines.sweep import SweepFailedError, check_sweep, run_sweep, write_sweep_file
 from pipelines.sweep_state import SweepMismatchError, SweepState, selection_values
@@ -214,7 +214,7 @@ def test_a_trial_of_two_workers_runs_in_a_train_group(small_prepared: str, tmp_p
     assert (final["kind"], final["seconds"]) == ("best", 1.0)
     assert (trial["kind"], trial["state"], trial["steps"]) == ("trial", "complete", 2)
     # What rank 0 reported came through to the study of the sweep.
-    assert list(selection_values(config.output, "clip-t000")) == [1, 2]
+    assert list(selection_values(read_curve(config.output, "clip-t000"))) == [1, 2]
     (booked,) = optuna.load_study(study_name="clip", storage=journal(config.output)).trials
     assert (booked.state.name, list(booked.intermediate_values)) == ("COMPLETE", [1])
 
