@@ -38,7 +38,8 @@ def keyed_uniform(keys_B: Tensor, purpose: Draw, count: int) -> Tensor:
         count: numbers per key.
     """
     counters = torch.arange(1, count + 1, device=keys_B.device) * _GOLDEN
-    state = _mix(keys_B + int(purpose) * _MIX_1)
+    salt = _mix(torch.tensor(int(purpose), device=keys_B.device))
+    state = _mix(keys_B ^ salt)
     bits = _mix(state[:, None] + counters)
     # 24 bits fill a float32 without rounding up to 1.
     return _shifted(bits, 40).to(torch.float32) * 2.0**-24
