@@ -1,7 +1,7 @@
 """The contract between data, towers and methods.
 
-Shape letters: B pairs of one worker, V views, P patches seen, T tokens, S image side, D joint width,
-H width of the vision tower.
+Shape letters: B pairs of one worker, V views of an image, M texts of a pair, P patches seen, T tokens,
+S image side, D joint width, H width of the vision tower, W width of the text tower.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+# Width of the hashed bag of labels in `PairBatch.tags`.
+NUM_TAGS = 128
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """One worker's share of a global batch; everything random in it was drawn from row keys.
@@ -25,10 +29,15 @@ class PairBatch:
         images: prepared images, uint8 [B, S, S, 3].
         view_boxes: crops of the views, pixels, float32 [V, B, 4] as (top, left, height, width).
         teacher_boxes: crop the EMA teacher scores, covering every view, float32 [B, 4].
-        token_ids: padded to the longest text of the batch, int64 [B, T].
-        is_real_token: False at padding, bool [B, T].
+        token_ids: padded to the longest text of the batch, int64 [M, B, T].
+        is_real_token: False at padding, bool [M, B, T].
+        is_text: False where a pair has fewer than M texts, bool [M, B]; text 0 is always there. A missing
+            text holds its start and end token, so that it can be encoded.
         selection_noise: uniform noise for random token selection, float32 [V, B, patches of the grid].
-        row_keys, group_keys, text_keys: 63-bit hashes of row id, group and text, int64 [B].
+        row_keys, group_keys, text_keys: 63-bit hashes of row id, group and text 0, int64 [B].
+        draw_keys: hash of (seed, epoch, row); the source of every draw inside the model, int64 [B].
+        row_index: position of the row in the training split, int64 [B].
+        tags: hashed bag of the row's labels, 0 or 1, float32 [B, NUM_TAGS].
     """
 
     images: Tensor
@@ -36,14 +45,33 @@ class PairBatch:
     teacher_boxes: Tensor
     token_ids: Tensor
     is_real_token: Tensor
+    is_text: Tensor
     selection_noise: Tensor
     row_keys: Tensor
     group_keys: Tensor
     text_keys: Tensor
+    draw_keys: Tensor
+    row_index: Tensor
+    tags: Tensor
 
     def to(self, device: torch.device) -> PairBatch:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class MaskedText:
+    """What the text tower says about text 0 with some tokens masked.
+
+    Attributes:
+        states: of every position, [B, T, W].
+        token_ids: before masking, [B, T].
+        is_target: True at positions to be predicted, [B, T].
+    """
+
+    states: Tensor
+    token_ids: Tensor
+    is_target: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,33 +80,62 @@ class PairOutputs:
 
     Attributes:
         image_embeds: unit, [V, B, D].
-        text_embeds: unit, [B, D].
+        text_embeds: unit, one per text, [M, B, D].
+        report_embeds: unit, one per pair, [B, D]: text 0, or all texts pooled.
+        is_text: False where a pair has fewer texts, [M, B].
         image_tokens: patches seen by the tower, in the joint space, not normalised, [V, B, P, D].
-        text_tokens: every position in the joint space, not normalised, [B, T, D].
-        is_real_token: False at padding, [B, T].
+        text_tokens: every position of text 0 in the joint space, not normalised, [B, T, D].
+        is_real_token: False at padding of text 0, [B, T].
         image_features: pooled vision feature before the joint projection, [V, B, H].
+        patch_features: patches seen before the joint projection, [V, B, P, H].
+        kept: indices of the patches seen, [V, B, P]; None when all are.
+        patch_weights: what the attention pool gives each patch, [V, B, P]; None without that pool.
+        text_weights: what the attention pool gives each text, [B, M]; None without that pool.
+        masked_text: None unless a head predicts masked tokens.
     """
 
     image_embeds: Tensor
     text_embeds: Tensor
+    report_embeds: Tensor
+    is_text: Tensor
     image_tokens: Tensor
     text_tokens: Tensor
     is_real_token: Tensor
     image_features: Tensor
+    patch_features: Tensor
+    kept: Tensor | None = None
+    patch_weights: Tensor | None = None
+    text_weights: Tensor | None = None
+    masked_text: MaskedText | None = None
 
     def float(self) -> PairOutputs:
         """The same in float32 (float64 stays), for tables and losses under bf16 autocast."""
-        return replace(self, **{f.name: at_least_float32(getattr(self, f.name)) for f in fields(self)})
+        raised = {
+            f.name: at_least_float32(value)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        masked = self.masked_text
+        if masked is not None:
+            raised["masked_text"] = replace(masked, states=at_least_float32(masked.states))  # type: ignore[assignment]
+        return replace(self, **raised)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What the EMA teacher says about its crop.
+    """What the EMA teacher says about its crop and about text 0.
 
     Attributes:
         token_scores: class-token attention over the patch grid of each view, [V, B, patches].
-        features: pooled vision feature of the teacher's crop, [B, H].
+        features: pooled vision feature of the teacher's crop, projected by BYOL's head if there is one,
+            [B, H].
+        patches: patch tokens of the crop, [B, patches, H].
+        image_embeds, text_embeds: unit, in the joint space, [B, D]; None unless the teacher holds both
+            towers.
     """
 
     token_scores: Tensor
     features: Tensor
+    patches: Tensor
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
