@@ -11,34 +11,15 @@ authors' losses are stated where they differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.pair_table import PairTable
+from models.reductions import Estimator, checked, log_mean_exp, weighted_mean
 from models.targets import kl_rows, symmetric_kl_rows
-
-
-class Estimator(Protocol):
-    """What a recipe's estimator slot must offer."""
-
-    def rows(self, table: PairTable) -> Tensor:
-        """Values per query, [Q, K]."""
-        ...
-
-    def reduce(self, rows: Tensor) -> Tensor:
-        """Loss from the rows of every worker, [N, K] -> scalar."""
-        ...
-
-
-def _need_negatives(table: PairTable) -> None:
-    if table.scores.shape[1] < 2:
-        raise ValueError(
-            f"a contrastive table needs at least 2 candidates, got {table.scores.shape[1]}; "
-            "raise the global batch size"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +33,15 @@ class InfoNCE:
     kind: Literal["ce"] = "ce"
 
     def rows(self, table: PairTable) -> Tensor:
-        _need_negatives(table)
+        table = checked(table)
         log_normaliser = table.masked_scores().logsumexp(1)
         if table.log_targets is None:
             return (log_normaliser - table.positive_scores)[:, None]
         expected = (table.log_targets.exp() * table.scores).sum(1)
         return (log_normaliser - expected)[:, None]
 
-    def reduce(self, rows: Tensor) -> Tensor:
-        return rows[:, 0].mean()
+    def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        return weighted_mean(rows[:, 0], weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +55,13 @@ class SoftKL:
     direction: Literal["forward", "symmetric"] = "forward"
 
     def rows(self, table: PairTable) -> Tensor:
-        _need_negatives(table)
+        table = checked(table)
         if table.log_targets is None:
             raise ValueError("estimator 'kl' needs soft targets; set targets.kind=soft or use estimator 'ce'")
         return _divergence(self.direction, table.log_targets, table.masked_scores())
 
-    def reduce(self, rows: Tensor) -> Tensor:
-        return rows[:, 0].mean()
+    def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        return weighted_mean(rows[:, 0], weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +76,7 @@ class RelationKL:
     direction: Literal["forward", "symmetric"] = "forward"
 
     def rows(self, table: PairTable) -> Tensor:
-        _need_negatives(table)
+        table = checked(table)
         if table.log_targets is None:
             raise ValueError("estimator 'relation_kl' needs soft targets; set targets.kind=soft")
         takes_part, is_counted = _negatives_or_all(table)
@@ -105,8 +86,8 @@ class RelationKL:
         rows = _divergence(self.direction, log_q, scores)[:, 0]
         return torch.stack([rows * is_counted, is_counted.to(rows)], 1)
 
-    def reduce(self, rows: Tensor) -> Tensor:
-        return _mean_of_counted(rows)
+    def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        return weighted_mean(rows[:, 0], weights, rows[:, 1])
 
 
 def _divergence(direction: str, log_targets: Tensor, scores: Tensor) -> Tensor:
@@ -125,12 +106,6 @@ def _negatives_or_all(table: PairTable) -> tuple[Tensor, Tensor]:
     return table.is_negative | ~is_counted[:, None], is_counted
 
 
-def _mean_of_counted(rows: Tensor) -> Tensor:
-    """Mean of [N, 2] values and counts; not a number when nothing counts."""
-    values, is_counted = rows.unbind(1)
-    return values.sum() / is_counted.sum()
-
-
 @dataclass(frozen=True, kw_only=True)
 class InfoLOOB:
     """InfoLOOB: InfoNCE with the positive left out of its own denominator.
@@ -142,14 +117,14 @@ class InfoLOOB:
     kind: Literal["loob"] = "loob"
 
     def rows(self, table: PairTable) -> Tensor:
-        _need_negatives(table)
+        table = checked(table)
         # Masked, not subtracted: exp(lse) - exp(positive) loses every digit once the positive dominates.
         takes_part, is_counted = _negatives_or_all(table)
         rows = table.scores.masked_fill(~takes_part, -torch.inf).logsumexp(1) - table.positive_scores
         return torch.stack([rows * is_counted, is_counted.to(rows)], 1)
 
-    def reduce(self, rows: Tensor) -> Tensor:
-        return _mean_of_counted(rows)
+    def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        return weighted_mean(rows[:, 0], weights, rows[:, 1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,15 +139,15 @@ class JensenShannon:
     kind: Literal["jsd"] = "jsd"
 
     def rows(self, table: PairTable) -> Tensor:
-        _need_negatives(table)
+        table = checked(table)
         negative = table.is_negative
         # softplus, not log(sigmoid): the latter is -inf in float32 from a score of about 104.
         repelled = F.softplus(table.scores).masked_fill(~negative, 0.0).sum(1)
         return torch.stack([F.softplus(-table.positive_scores), repelled, negative.sum(1).to(repelled)], 1)
 
-    def reduce(self, rows: Tensor) -> Tensor:
+    def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         attracted, repelled, count = rows.unbind(1)
-        return attracted.mean() + repelled.sum() / count.sum()
+        return weighted_mean(attracted, weights) + weighted_mean(repelled, weights, count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,14 +162,14 @@ class DonskerVaradhan:
     kind: Literal["dv"] = "dv"
 
     def rows(self, table: PairTable) -> Tensor:
-        _need_negatives(table)
+        table = checked(table)
         negative = table.is_negative
         marginal = table.scores.masked_fill(~negative, -torch.inf).logsumexp(1)
         return torch.stack([table.positive_scores, marginal, negative.sum(1).to(marginal)], 1)
 
-    def reduce(self, rows: Tensor) -> Tensor:
+    def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         positive, marginal, count = rows.unbind(1)
-        return marginal.logsumexp(0) - count.sum().log() - positive.mean()
+        return log_mean_exp(marginal, count, weights) - weighted_mean(positive, weights)
 
 
 def info_nce(logits: Tensor) -> Tensor:
