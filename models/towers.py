@@ -8,13 +8,14 @@ B images or texts, P patches, T tokens, H tower width, D joint width, A attentio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+from models.outputs import at_least_float32
 from models.token_scores import class_query_attention
 
 # One fused kernel; CLIP's x * sigmoid(1.702 x) takes three and a sixth of a small step's time.
@@ -140,12 +141,19 @@ def build_clip(
 
 
 def transformer_block(
-    layer: nn.Module, tokens_BTH: Tensor, *, is_causal: bool = False, with_class_row: bool = False
+    layer: nn.Module,
+    tokens_BTH: Tensor,
+    *,
+    is_causal: bool = False,
+    is_key: Tensor | None = None,
+    with_class_row: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One pre-norm block of transformers' CLIP encoder.
 
     Args:
         layer: a `CLIPEncoderLayer`.
+        is_causal: a token sees itself and those before it.
+        is_key: False at tokens that no token may see, bool [B, T]; not together with `is_causal`.
         with_class_row: also return the attention of token 0 over all tokens, [B, A, T]. Computing this
             one row beside fused attention is exact and holds no [T, T] map.
     """
@@ -156,7 +164,14 @@ def transformer_block(
         projection(normed).view(split).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=attention.scale)
+    mixed = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if is_key is None else is_key[:, None, None, :],
+        is_causal=is_causal,
+        scale=attention.scale,
+    )
     mixed = attention.out_proj(mixed.transpose(1, 2).reshape(normed.shape))
     tokens_BTH = tokens_BTH + mixed
     tokens_BTH = tokens_BTH + layer.mlp(layer.layer_norm2(tokens_BTH))  # type: ignore[operator]
@@ -177,8 +192,24 @@ class VisionTower(nn.Module):
 
     @property
     def grid(self) -> int:
-        """Patches per side."""
+        """Patches per side of a full-size image."""
         return int(self.vision.config.image_size // self.vision.config.patch_size)
+
+    def _patch_positions(self, images: Tensor) -> Tensor:
+        """Position embeddings of the patches of images of this size, [P, H]."""
+        positions: Tensor = self.vision.embeddings.position_embedding.weight[1:]
+        patch_size = int(self.vision.config.patch_size)
+        height, width = images.shape[2:]
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"sides of an image must be multiples of the patch size {patch_size}, got {height} x {width}"
+            )
+        size = (height // patch_size, width // patch_size)
+        if size == (self.grid, self.grid):
+            return positions
+        map_1HGG = at_least_float32(positions).T.reshape(1, -1, self.grid, self.grid)
+        resized = F.interpolate(map_1HGG, size=size, mode="bicubic", align_corners=False)
+        return resized.flatten(2)[0].T.to(positions.dtype)
 
     def forward(
         self, images: Tensor, *, kept: Tensor | None = None, with_class_attention: bool = False
@@ -186,19 +217,27 @@ class VisionTower(nn.Module):
         """Encode images.
 
         Args:
-            images: grey levels 0..255 as float, [B, 3, S, S].
-            kept: indices of the patches to keep, ascending, int64 [B, K]; None keeps all. A kept
-                patch keeps the position it has in the full grid.
+            images: grey levels 0..255 as float, [B, 3, S, S]; S may be any multiple of the patch size.
+                At another size than the tower's own, its grid of position embeddings is resized
+                bicubically.
+            kept: indices of the patches to keep in the images' own grid, ascending, int64 [B, K]; None
+                keeps all. A kept patch keeps the position it has in that grid.
             with_class_attention: also return every layer's class row.
+
+        Raises:
+            ValueError: a side that is no multiple of the patch size.
+
+        Source: other sizes after A-CLIP's half-resolution scorer, arXiv 2212.08653, whose code is not
+            released; bicubic without antialiasing is what CLIP code commonly does with positions.
         """
         embeddings = self.vision.embeddings
+        patch_positions = self._patch_positions(images)
         pixels = (images / 255.0 - self.pixel_mean) / self.pixel_std
-        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        positions = embeddings.position_embedding.weight
-        patches = patches + positions[1:]
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2) + patch_positions
         if kept is not None:
             patches = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2]))
-        class_token = (embeddings.class_embedding + positions[0]).expand(patches.shape[0], 1, -1)
+        class_position = embeddings.position_embedding.weight[0]
+        class_token = (embeddings.class_embedding + class_position).expand(patches.shape[0], 1, -1)
         tokens = self.vision.pre_layrnorm(torch.cat([class_token.to(patches.dtype), patches], 1))
         rows = []
         for layer in self.vision.encoder.layers:
@@ -210,28 +249,58 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal text transformer; the state at the last real token is the text's feature."""
+    """Text transformer, causal unless asked; the state at the last real token is the text's feature."""
 
     def __init__(self, text: Any) -> None:
         super().__init__()
         self.text = text
 
-    def forward(self, token_ids: Tensor, is_real_token: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        token_ids: Tensor | None,
+        is_real_token: Tensor,
+        *,
+        attention: Literal["causal", "full"] = "causal",
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Encode texts that are padded on the right to the longest of the batch.
 
         Args:
-            token_ids: int64 [B, T].
+            token_ids: int64 [B, T]; None when `inputs_embeds` is given.
             is_real_token: bool [B, T]; the last True of a row is its end token.
+            attention: "causal" is CLIP's own. "full" lets every token see all real tokens, as masked
+                language modelling needs; the weights are the same.
+            inputs_embeds: token embeddings before positions are added, [B, T, H], for learned prompts.
 
         Returns:
-            Feature [B, H] and every position's state [B, T, H]. Positions after the end token see
-            padding; the causal mask keeps them from everything before.
+            Feature [B, H] and every position's state [B, T, H]. No real position depends on padding.
+            States at padding mean nothing: when causal they see padding, when full all real tokens.
+
+        Raises:
+            ValueError: not exactly one of ids and embeddings, a mask of another shape, more tokens than
+                the tower has positions, or another attention.
         """
-        embeddings = self.text.embeddings
-        tokens = embeddings.token_embedding(token_ids)
-        tokens = tokens + embeddings.position_embedding.weight[: token_ids.shape[1]]
+        if attention not in ("causal", "full"):
+            raise ValueError(f"attention must be 'causal' or 'full', got {attention!r}")
+        tokens = self._embed(token_ids, inputs_embeds, is_real_token)
+        is_key = is_real_token if attention == "full" else None
         for layer in self.text.encoder.layers:
-            tokens, _ = transformer_block(layer, tokens, is_causal=True)
+            tokens, _ = transformer_block(layer, tokens, is_causal=is_key is None, is_key=is_key)
         tokens = self.text.final_layer_norm(tokens)
         end = is_real_token.sum(1) - 1
         return tokens[torch.arange(len(tokens), device=tokens.device), end], tokens
+
+    def _embed(self, token_ids: Tensor | None, inputs_embeds: Tensor | None, is_real: Tensor) -> Tensor:
+        """Token embeddings with positions, [B, T, H]."""
+        if (token_ids is None) == (inputs_embeds is None):
+            raise ValueError("the text tower takes either token_ids or inputs_embeds")
+        embeddings = self.text.embeddings
+        tokens: Tensor = embeddings.token_embedding(token_ids) if inputs_embeds is None else inputs_embeds
+        if tokens.shape[:2] != is_real.shape:
+            raise ValueError(
+                f"is_real_token has shape {tuple(is_real.shape)}, texts are {tuple(tokens.shape[:2])}"
+            )
+        positions: Tensor = embeddings.position_embedding.weight
+        if tokens.shape[1] > len(positions):
+            raise ValueError(f"texts have {tokens.shape[1]} tokens, the tower {len(positions)} positions")
+        return tokens + positions[: tokens.shape[1]]
