@@ -26,7 +26,8 @@ class Draw(IntEnum):
     PROTOTYPES = 3
     MASKED_TOKENS = 4
     PRIOR = 5
-    PROJECTIONS = 6
+    DIRECTIONS = 6
+    MASKED_PATCHES = 7
 
 
 def keyed_uniform(keys_B: Tensor, purpose: Draw, count: int) -> Tensor:

@@ -75,6 +75,19 @@ class MaskedText:
 
 
 @dataclass(frozen=True)
+class MaskedImage:
+    """What the vision tower says about view 0 with most patches removed.
+
+    Attributes:
+        patches: those it saw, before the joint projection, [B, P, H].
+        kept: their indices in the grid, [B, P].
+    """
+
+    patches: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
 class PairOutputs:
     """What the towers say about a batch.
 
@@ -88,10 +101,10 @@ class PairOutputs:
         is_real_token: False at padding of text 0, [B, T].
         image_features: pooled vision feature before the joint projection, [V, B, H].
         patch_features: patches seen before the joint projection, [V, B, P, H].
-        kept: indices of the patches seen, [V, B, P]; None when all are.
         patch_weights: what the attention pool gives each patch, [V, B, P]; None without that pool.
         text_weights: what the attention pool gives each text, [B, M]; None without that pool.
         masked_text: None unless a head predicts masked tokens.
+        masked_image: None unless a head predicts removed patches.
     """
 
     image_embeds: Tensor
@@ -103,22 +116,24 @@ class PairOutputs:
     is_real_token: Tensor
     image_features: Tensor
     patch_features: Tensor
-    kept: Tensor | None = None
     patch_weights: Tensor | None = None
     text_weights: Tensor | None = None
     masked_text: MaskedText | None = None
+    masked_image: MaskedImage | None = None
 
     def float(self) -> PairOutputs:
         """The same in float32 (float64 stays), for tables and losses under bf16 autocast."""
-        raised = {
-            f.name: at_least_float32(value)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        masked = self.masked_text
-        if masked is not None:
-            raised["masked_text"] = replace(masked, states=at_least_float32(masked.states))  # type: ignore[assignment]
-        return replace(self, **raised)  # type: ignore[arg-type]
+        text, image = self.masked_text, self.masked_image
+        return replace(
+            self,
+            **{
+                f.name: at_least_float32(value)
+                for f in fields(self)
+                if isinstance(value := getattr(self, f.name), Tensor)
+            },
+            masked_text=text and replace(text, states=at_least_float32(text.states)),
+            masked_image=image and replace(image, patches=at_least_float32(image.patches)),
+        )
 
 
 @dataclass(frozen=True)
@@ -129,13 +144,13 @@ class TeacherOutputs:
         token_scores: class-token attention over the patch grid of each view, [V, B, patches].
         features: pooled vision feature of the teacher's crop, projected by BYOL's head if there is one,
             [B, H].
-        patches: patch tokens of the crop, [B, patches, H].
+        patches: patch tokens of view 0 whole, [B, patches, H]; None unless a head predicts them.
         image_embeds, text_embeds: unit, in the joint space, [B, D]; None unless the teacher holds both
             towers.
     """
 
     token_scores: Tensor
     features: Tensor
-    patches: Tensor
+    patches: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None

@@ -1,7 +1,7 @@
 """A method is data: one frozen recipe that fills the slots of the pair table.
 
-Every slot is a frozen dataclass with a `kind`, so a recipe can be written in a config file, overridden
-by path (`method.transform.beta`) and recombined (CLOOB's transform with TIER's regulariser).
+The slots are in `table_slots.py` (one table) and `training_slots.py` (what surrounds the tables); a
+recipe says which combinations make sense.
 """
 
 from __future__ import annotations
@@ -10,192 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from models.estimators import DonskerVaradhan, InfoLOOB, InfoNCE, JensenShannon, RelationKL, SoftKL
+from models.bounds import smallest_safe_temperature
+from models.estimators import InfoNCE
+from models.table_slots import (
+    Baseline,
+    Between,
+    Bias,
+    Candidates,
+    Directions,
+    EstimatorSlot,
+    RegionPool,
+    Score,
+    SentencePool,
+    Targets,
+    Temperature,
+    Transform,
+)
+from models.training_slots import Features, Heads, Regularisers, Teacher, TokenSelection
 
-EstimatorSlot = InfoNCE | InfoLOOB | JensenShannon | DonskerVaradhan | SoftKL | RelationKL
+Evidence = Literal["official", "derived", "paper-unverified"]
 
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be > 0, got {value}")
-
-
-def _share(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """Which features of a pair enter the table.
-
-    Attributes:
-        image: feature of the whole image: the class token, or the mean of the projected patches.
-        text: `caption` samples one whole text per epoch, `sentence` one sentence of the report.
-        num_views: random crops of one image, each encoded and averaged in the loss.
-    """
-
-    image: Literal["class", "patch_mean"] = "class"
-    text: Literal["caption", "sentence"] = "caption"
-    num_views: int = 1
-
-    def __post_init__(self) -> None:
-        _positive(num_views=self.num_views)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSelection:
-    """Which image patches the tower sees in training.
-
-    Attributes:
-        kind: `none` keeps all; `attentive` keeps the blocks the EMA teacher's class token attends to
-            most; `high` is its control (removes those); `mixed` keeps a share of the best and fills up
-            at random; `random` keeps as many blocks as `attentive`, drawn uniformly.
-        keep_ratio: share of blocks to keep; the count is int(blocks * keep_ratio) + 1.
-        block_size: patches per side of a block; None takes 2 on grids of 14 and more (the paper's
-            7x7 blocks of a 14x14 grid) and 1 on smaller ones.
-        mixed_share: share of the kept blocks that `mixed` takes from the top.
-        warmup_share: share of all steps with random selection, before the teacher has learnt anything.
-    """
-
-    kind: Literal["none", "attentive", "high", "mixed", "random"] = "none"
-    keep_ratio: float = 0.5
-    block_size: int | None = None
-    mixed_share: float = 0.5
-    warmup_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        _share(keep_ratio=self.keep_ratio, mixed_share=self.mixed_share, warmup_share=self.warmup_share)
-        _positive(keep_ratio=self.keep_ratio)
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.kind in ("attentive", "high", "mixed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """EMA copy of the vision tower.
-
-    Attributes:
-        decay: m at step 0; it rises to 1 along a cosine, m_t = 1 - (1 - decay) (1 + cos(pi t / T)) / 2.
-    """
-
-    decay: float = 0.996
-
-    def __post_init__(self) -> None:
-        _share(decay=self.decay)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegionPool:
-    """How the patches of an image become one score per text.
-
-    Attributes:
-        kind: `global` scores the whole-image feature; the others score every patch and pool: `max`
-            the best patch, `mean` their mean, `lse` (1/sharpness) [LSE(sharpness * h) - log P].
-        sharpness: of `lse`; 0 would be the mean and infinity the maximum.
-    """
-
-    kind: Literal["global", "max", "mean", "lse"] = "global"
-    sharpness: float = 10.0
-
-    def __post_init__(self) -> None:
-        _positive(sharpness=self.sharpness)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transform:
-    """What happens to the features of both sides before they are compared.
-
-    Attributes:
-        kind: `none`, or `hopfield` retrieval of both sides from the global batch.
-        beta: inverse temperature of the retrieval; tied to the global batch size.
-    """
-
-    kind: Literal["none", "hopfield"] = "none"
-    beta: float = 8.0
-
-    def __post_init__(self) -> None:
-        _positive(beta=self.beta)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """Which other pairs of the global batch count as negatives.
-
-    Attributes:
-        exclude: `nothing`, pairs of the `same_group` (study, patient, concept), or with the `same_text`.
-    """
-
-    exclude: Literal["nothing", "same_group", "same_text"] = "nothing"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """What the table should look like.
-
-    Attributes:
-        kind: `identity` (the own pair), or `soft`: (1 - mixing) own pair + mixing * softmax of an
-            intra-modal self-similarity.
-        mixing: weight of the soft part, beta in SoftCLIP's notation.
-        off_diagonal_mass: wanted share of the soft part outside the own pair; it sets the temperature
-            of the self-similarity, which must not be the learned one (that collapses to hard CLIP).
-        image_guidance: self-similarity of `patches` (mean of unit patch tokens) or image `embeds`.
-        text_guidance: self-similarity of `words` (hashed bag of tokens) or text `embeds`.
-    """
-
-    kind: Literal["identity", "soft"] = "identity"
-    mixing: float = 0.3
-    off_diagonal_mass: float = 0.5
-    image_guidance: Literal["patches", "embeds"] = "patches"
-    text_guidance: Literal["words", "embeds"] = "words"
-
-    def __post_init__(self) -> None:
-        _share(mixing=self.mixing)
-        if not 0 < self.off_diagonal_mass < 1:
-            raise ValueError(
-                f"off_diagonal_mass must be strictly between 0 and 1, got {self.off_diagonal_mass}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Directions:
-    """Weights of the two directions of a table; a weight of 0 skips the direction."""
-
-    image_to_text: float = 0.5
-    text_to_image: float = 0.5
-
-    def __post_init__(self) -> None:
-        if min(self.image_to_text, self.text_to_image) < 0 or self.image_to_text + self.text_to_image <= 0:
-            raise ValueError(
-                "direction weights must be >= 0 and not both 0, got "
-                f"image_to_text={self.image_to_text}, text_to_image={self.text_to_image}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Temperature:
-    """Temperature of a table; scores are similarity / temperature.
-
-    Attributes:
-        policy: `learned` from `init` and clamped after each step, `fixed` at `init`, or `shared` with
-            the main table (extra tables only).
-        minimum: lower clamp of a learned temperature; CLIP's 0.01 is an inverse temperature of 100.
-    """
-
-    policy: Literal["learned", "fixed", "shared"] = "learned"
-    init: float = 0.07
-    minimum: float = 0.01
-
-    def __post_init__(self) -> None:
-        _positive(init=self.init, minimum=self.minimum)
-        if self.policy == "learned" and not self.minimum <= self.init <= 1:
-            raise ValueError(
-                f"a learned temperature must start between minimum={self.minimum} and 1, got {self.init}"
-            )
+# Estimators that know pairs and negatives only: a target distribution would be ignored.
+_BINARY = ("loob", "jsd", "dv", "sigmoid", "nwj", "tuba", "interp")
+_WITHIN_SAMPLE = ("regions", "sentences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,97 +41,118 @@ class TableRecipe:
 
     Attributes:
         weight: of this table's loss in the total.
+        between: the two sides; tables between other features than image and text are extra tables.
+        views: image views that take part: `all`, averaged, or the `first`.
     """
 
     weight: float = 1.0
+    between: Between = "image_text"
+    views: Literal["all", "first"] = "all"
+    score: Score = Score()
     region_pool: RegionPool = RegionPool()
+    sentence_pool: SentencePool = SentencePool()
     transform: Transform = Transform()
     candidates: Candidates = Candidates()
     targets: Targets = Targets()
     estimator: EstimatorSlot = InfoNCE()
     directions: Directions = Directions()
     temperature: Temperature = Temperature()
+    bias: Bias = Bias()
+    baseline: Baseline = Baseline()
 
     def __post_init__(self) -> None:
-        if self.transform.kind == "hopfield" and self.region_pool.kind != "global":
-            raise ValueError(
-                "Hopfield retrieval works on global features; with "
-                f"region_pool.kind={self.region_pool.kind} set transform.kind=none"
-            )
-        if self.targets.kind == "soft" and self.estimator.kind in ("loob", "jsd", "dv"):
-            raise ValueError(
-                f"estimator.kind={self.estimator.kind} knows pairs and negatives only and would ignore "
-                "targets.kind=soft; set targets.kind=identity or estimator.kind=ce, kl or relation_kl"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenEntropy:
-    """TIER's entropies of the matched patch-word similarities, both minimised.
-
-    Attributes:
-        token_over_patches: weight of each word's entropy over the patches (the code's `lam_words`).
-        patch_over_tokens: weight of each patch's entropy over the words (the code's `lam_patches`).
-        temperature: of both softmaxes; 1 as in the code, where entropy can fall by about 12 % only.
-        padding: `masked` leaves padding out; `counted` is what the released code does.
-    """
-
-    token_over_patches: float = 0.0
-    patch_over_tokens: float = 0.0
-    temperature: float = 1.0
-    padding: Literal["masked", "counted"] = "masked"
-
-    def __post_init__(self) -> None:
-        _positive(temperature=self.temperature)
+        self._check_sides()
+        self._check_features()
+        self._check_estimator()
 
     @property
-    def is_on(self) -> bool:
-        return self.token_over_patches != 0 or self.patch_over_tokens != 0
+    def is_within_sample(self) -> bool:
+        return self.between in _WITHIN_SAMPLE
 
+    @property
+    def is_local(self) -> bool:
+        """Whether single patches or every text of a report are scored."""
+        return self.region_pool.kind != "global" or self.sentence_pool.kind != "none"
 
-@dataclass(frozen=True, kw_only=True)
-class Regularisers:
-    """Terms added to the tables' losses; a weight of 0 switches one off."""
+    def _check_sides(self) -> None:
+        if self.between == "image_regions" and self.region_pool.kind in ("global", "words"):
+            raise ValueError(
+                "between=image_regions compares an image with patches; set region_pool.kind=each or a pool, "
+                f"got {self.region_pool.kind}"
+            )
+        if self.between not in ("image_text", "image_regions") and (
+            self.is_local or self.score.kind != "cosine"
+        ):
+            raise ValueError(
+                f"between={self.between} compares whole features by cosine, got "
+                f"region_pool.kind={self.region_pool.kind}, sentence_pool.kind={self.sentence_pool.kind} and "
+                f"score.kind={self.score.kind}"
+            )
+        if self.between not in ("image_text", "image_text2") and self.candidates.kind != "batch":
+            raise ValueError(
+                f"candidates.kind={self.candidates.kind} needs between=image_text, got {self.between}"
+            )
+        if (self.targets.kind == "spatial") != (self.between == "regions"):
+            raise ValueError(
+                f"targets.kind=spatial goes with between=regions, got {self.targets.kind} with {self.between}"
+            )
+        if self.is_within_sample and self.estimator.kind != "ce":
+            raise ValueError(
+                f"between={self.between} takes estimator.kind=ce, got {self.estimator.kind}: a text alone in its "
+                "report has no negatives"
+            )
 
-    token_entropy: TokenEntropy = TokenEntropy()
+    def _check_features(self) -> None:
+        if self.transform.kind == "hopfield" and self.is_local:
+            raise ValueError(
+                "Hopfield retrieval works on global features; with "
+                f"region_pool.kind={self.region_pool.kind} and "
+                f"sentence_pool.kind={self.sentence_pool.kind} set transform.kind=none"
+            )
+        if self.transform.kind != "none" and (self.candidates.kind != "batch" or self.is_within_sample):
+            raise ValueError(
+                f"transform.kind={self.transform.kind} works on the batch's pairs, got "
+                f"candidates.kind={self.candidates.kind} and between={self.between}"
+            )
+        if self.region_pool.kind == "words" and self.sentence_pool.kind != "none":
+            raise ValueError("region_pool.kind=words scores the words of text 0; set sentence_pool.kind=none")
+        if self.region_pool.kind == "each" and self.sentence_pool.kind != "none":
+            raise ValueError("region_pool.kind=each makes no image score; set sentence_pool.kind=none")
+        if self.is_local and self.candidates.kind not in ("batch", "roll"):
+            raise ValueError(
+                f"candidates.kind={self.candidates.kind} holds whole features; set region_pool.kind=global and "
+                "sentence_pool.kind=none"
+            )
+        if self.candidates.modality == "both" and (self.is_local or self.score.kind != "cosine"):
+            raise ValueError(
+                "candidates.modality=both compares whole features; set region_pool.kind=global"
+            )
+        if self.score.kind == "concat" and (
+            self.transform.kind != "none"
+            or self.candidates.kind not in ("batch", "roll")
+            or self.region_pool.kind in ("mean_region", "attention", "non_local", "words", "noisy_or", "each")
+        ):
+            raise ValueError(
+                "score.kind=concat scores pairs of features: it goes with region_pool.kind=global, max, mean, "
+                f"lse, select or pmi and no transform, got region_pool.kind={self.region_pool.kind}, "
+                f"transform.kind={self.transform.kind} and candidates.kind={self.candidates.kind}"
+            )
 
-
-@dataclass(frozen=True, kw_only=True)
-class SimCLRHead:
-    """Image-image contrast of two views (arXiv 2002.05709).
-
-    Attributes:
-        weight: 0 switches it off.
-        hidden_ratio, out_ratio: layer widths relative to the tower's; 4096 and 256 at width 768.
-    """
-
-    weight: float = 0.0
-    temperature: float = 0.1
-    hidden_ratio: float = 16 / 3
-    out_ratio: float = 1 / 3
-
-    def __post_init__(self) -> None:
-        _positive(temperature=self.temperature, hidden_ratio=self.hidden_ratio, out_ratio=self.out_ratio)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BYOLHead:
-    """Prediction of the EMA teacher's projection from every view (arXiv 2006.07733)."""
-
-    weight: float = 0.0
-    hidden_ratio: float = 16 / 3
-    out_ratio: float = 1 / 3
-
-    def __post_init__(self) -> None:
-        _positive(hidden_ratio=self.hidden_ratio, out_ratio=self.out_ratio)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heads:
-    """Auxiliary heads on the vision feature."""
-
-    simclr: SimCLRHead = SimCLRHead()
-    byol: BYOLHead = BYOLHead()
+    def _check_estimator(self) -> None:
+        kind = self.estimator.kind
+        if self.targets.kind != "identity" and kind in _BINARY:
+            raise ValueError(
+                f"estimator.kind={kind} knows pairs and negatives only and would ignore "
+                f"targets.kind={self.targets.kind}; set targets.kind=identity or estimator.kind=ce, kl or "
+                "relation_kl"
+            )
+        safe = smallest_safe_temperature(kind)
+        if self.score.kind == "cosine" and self.temperature.smallest < safe:
+            raise ValueError(
+                f"estimator.kind={kind} takes exp(similarity / temperature), which leaves float32 below a "
+                f"temperature of {safe:g}; got {self.temperature.smallest:g}. Raise temperature.minimum, or "
+                "temperature.init of a fixed one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +169,7 @@ class MethodRecipe(TableRecipe):
 
     name: str
     source: str
-    evidence: Literal["official", "derived", "paper-unverified"]
+    evidence: Evidence
     features: Features = Features()
     selection: TokenSelection = TokenSelection()
     teacher: Teacher = Teacher()
@@ -323,10 +181,9 @@ class MethodRecipe(TableRecipe):
         super().__post_init__()
         if self.temperature.policy == "shared":
             raise ValueError("temperature.policy=shared is for extra tables; the main table has its own")
-        if self.heads.simclr.weight and self.features.num_views != 2:
-            raise ValueError(
-                f"heads.simclr contrasts 2 views, got features.num_views={self.features.num_views}"
-            )
+        for name, table in self.tables.items():
+            self._check_table(name, table)
+        self._check_heads()
 
     @property
     def tables(self) -> dict[str, TableRecipe]:
@@ -335,4 +192,39 @@ class MethodRecipe(TableRecipe):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.selection.needs_teacher or self.heads.byol.weight > 0
+        heads = self.heads
+        guided = heads.byol.weight or heads.distil.weight or heads.masked_distillation.weight
+        return self.selection.needs_teacher or guided > 0 or self.needs_joint_teacher
+
+    @property
+    def needs_joint_teacher(self) -> bool:
+        """Whether the teacher must embed images and texts, not only score patches."""
+        return any(table.candidates.needs_teacher for table in self.tables.values())
+
+    def _check_table(self, name: str, table: TableRecipe) -> None:
+        features = self.features
+        if table.between == "image_views" and features.num_views < 2:
+            raise ValueError(f"table '{name}' compares two views, got features.num_views={features.num_views}")
+        if table.between in ("texts", "image_text2", "sentences") and features.num_texts < 2:
+            raise ValueError(
+                f"table '{name}' needs several texts of a pair, got features.num_texts={features.num_texts}"
+            )
+        if table.sentence_pool.kind != "none" and features.text != "sentence":
+            raise ValueError(
+                f"table '{name}' pools the sentences of a report; set features.text=sentence and num_texts"
+            )
+        if table.is_within_sample and self.selection.kind != "none":
+            raise ValueError(
+                f"table '{name}' knows the place of every patch; set selection.kind=none, got "
+                f"{self.selection.kind}"
+            )
+
+    def _check_heads(self) -> None:
+        if self.heads.simclr.weight and self.features.num_views < 2:
+            raise ValueError(
+                f"heads.simclr contrasts 2 views, got features.num_views={self.features.num_views}"
+            )
+        if self.heads.masked_tokens.weight and self.features.text_attention != "full":
+            raise ValueError(
+                "heads.masked_tokens predicts from both sides of a word; set features.text_attention=full"
+            )
