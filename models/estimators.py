@@ -17,9 +17,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.bounds import (
+    EXP_ESTIMATORS,
+    NWJ,
+    TUBA,
+    DonskerVaradhan,
+    Interpolated,
+    JensenShannon,
+    SigmoidPairs,
+    smallest_safe_temperature,
+)
 from models.pair_table import PairTable
-from models.reductions import Estimator, checked, log_mean_exp, weighted_mean
+from models.reductions import Estimator, checked, estimate, weighted_mean
+from models.relaxation import relax
+from models.score_bounds import (
+    donsker_varadhan_bound,
+    info_nce_bound,
+    interpolated_bound,
+    js_bound,
+    js_fgan_bound,
+    mine_bound,
+    nwj_bound,
+    smile_bound,
+    tuba_bound,
+)
 from models.targets import kl_rows, symmetric_kl_rows
+
+__all__ = [
+    "EXP_ESTIMATORS",
+    "NWJ",
+    "TUBA",
+    "DonskerVaradhan",
+    "Estimator",
+    "InfoLOOB",
+    "InfoNCE",
+    "Interpolated",
+    "JensenShannon",
+    "RelationKL",
+    "SigmoidPairs",
+    "SoftKL",
+    "donsker_varadhan",
+    "donsker_varadhan_bound",
+    "estimate",
+    "info_loob",
+    "info_nce",
+    "info_nce_bound",
+    "interpolated_bound",
+    "jensen_shannon",
+    "js_bound",
+    "js_fgan_bound",
+    "mine_bound",
+    "nwj_bound",
+    "relax",
+    "smallest_safe_temperature",
+    "smile_bound",
+    "symmetric",
+    "tuba_bound",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +81,29 @@ class InfoNCE:
     """Cross-entropy of the candidates' softmax (InfoNCE; the CLIP loss takes both directions).
 
     With soft targets the loss is their cross-entropy, whose gradient is that of the divergence.
-    Source: CLIP, arXiv 2103.00020; CPC, arXiv 1807.03748.
+
+    Attributes:
+        slack: nats a query may lose for nothing, relu(row - slack); a relaxation of positive pairs.
+
+    Source: CLIP, arXiv 2103.00020; CPC, arXiv 1807.03748. Slack: ours, after the aim of arXiv 2212.07050.
     """
 
     kind: Literal["ce"] = "ce"
+    slack: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.slack >= 0:
+            raise ValueError(f"slack must be >= 0, got {self.slack}")
 
     def rows(self, table: PairTable) -> Tensor:
         table = checked(table)
         log_normaliser = table.masked_scores().logsumexp(1)
         if table.log_targets is None:
-            return (log_normaliser - table.positive_scores)[:, None]
-        expected = (table.log_targets.exp() * table.scores).sum(1)
-        return (log_normaliser - expected)[:, None]
+            expected = table.positive_scores
+        else:
+            expected = (table.log_targets.exp() * table.scores).sum(1)
+        rows = log_normaliser - expected
+        return (F.relu(rows - self.slack) if self.slack else rows)[:, None]
 
     def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         return weighted_mean(rows[:, 0], weights)
@@ -127,51 +192,6 @@ class InfoLOOB:
         return weighted_mean(rows[:, 0], weights, rows[:, 1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class JensenShannon:
-    """Jensen-Shannon bound: mean softplus(-positive) + mean softplus(negative).
-
-    Means run over all pairs of the global table, so sums and counts are gathered. The constant
-    2 log 2 of the Deep InfoMax code is left out.
-    Source: Deep InfoMax, arXiv 1808.06670; CLIP-Lite, arXiv 2112.07133.
-    """
-
-    kind: Literal["jsd"] = "jsd"
-
-    def rows(self, table: PairTable) -> Tensor:
-        table = checked(table)
-        negative = table.is_negative
-        # softplus, not log(sigmoid): the latter is -inf in float32 from a score of about 104.
-        repelled = F.softplus(table.scores).masked_fill(~negative, 0.0).sum(1)
-        return torch.stack([F.softplus(-table.positive_scores), repelled, negative.sum(1).to(repelled)], 1)
-
-    def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        attracted, repelled, count = rows.unbind(1)
-        return weighted_mean(attracted, weights) + weighted_mean(repelled, weights, count)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DonskerVaradhan:
-    """Donsker-Varadhan bound: log mean exp(negative) - mean positive, over the whole table.
-
-    One log-mean-exp over the negatives of all workers; a mean of per-worker losses would be another,
-    more biased, objective. Not a bound at a finite batch.
-    Source: Deep InfoMax, arXiv 1808.06670; Liao et al., arXiv 2103.04537.
-    """
-
-    kind: Literal["dv"] = "dv"
-
-    def rows(self, table: PairTable) -> Tensor:
-        table = checked(table)
-        negative = table.is_negative
-        marginal = table.scores.masked_fill(~negative, -torch.inf).logsumexp(1)
-        return torch.stack([table.positive_scores, marginal, negative.sum(1).to(marginal)], 1)
-
-    def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        positive, marginal, count = rows.unbind(1)
-        return log_mean_exp(marginal, count, weights) - weighted_mean(positive, weights)
-
-
 def info_nce(logits: Tensor) -> Tensor:
     """InfoNCE of a square table, rows as queries.
 
@@ -215,4 +235,4 @@ def symmetric(estimator: Estimator, logits: Tensor) -> Tensor:
 
 
 def _estimate(estimator: Estimator, logits: Tensor) -> Tensor:
-    return estimator.reduce(estimator.rows(PairTable.square(logits)))
+    return estimate(estimator, PairTable.square(logits))

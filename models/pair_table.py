@@ -20,8 +20,8 @@ class PairTable:
         log_targets: log of the target distribution over columns, [Q, C]; None means the own pair only.
         is_valid: False where a column is no candidate for a query, [Q, C]; None means all are. The
             own pair is always valid.
-        row_weights: share of each query in every mean, >= 0, [Q]; a row of weight 0 does not count.
-            None means all 1.
+        row_weights: share of each query in every mean, >= 0, type of the scores, [Q]; a row of weight 0
+            does not count. None means all 1.
         log_baseline: each query's log-baseline a in nats, [Q]; tuba needs it and interp can use it.
     """
 

@@ -28,6 +28,11 @@ class Estimator(Protocol):
         ...
 
 
+def estimate(estimator: Estimator, table: PairTable) -> Tensor:
+    """Loss of one table that holds every row, scalar."""
+    return estimator.reduce(estimator.rows(table), table.row_weights)
+
+
 def checked(table: PairTable) -> PairTable:
     """The table once it is known to have negatives; rows that do not count get harmless scores.
 
@@ -80,3 +85,9 @@ def _total(weights_N: Tensor, counts_N: Tensor) -> Tensor:
 
 def _zero_if_idle(value: Tensor, weights_N: Tensor) -> Tensor:
     return value.masked_fill((weights_N == 0).all(), 0.0)
+
+
+def mean_exp(log_sums_N: Tensor, counts_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    """sum(w e^l) / sum(w n), see `log_mean_exp`; infinite only when the mean itself is beyond the type."""
+    mean = log_mean_exp(log_sums_N, counts_N, weights_N).exp()
+    return mean if weights_N is None else _zero_if_idle(mean, weights_N)
