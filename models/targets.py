@@ -1,4 +1,4 @@
-"""Soft targets for rows of a pair table, in log space, and the KL losses that use them.
+"""Targets for rows of a pair table, in log space, and the KL losses that use them.
 
 A row is one query of this worker, a column one candidate of the global batch; `positive_Q` names each
 row's own column, so a worker holds any slice of rows and gets the numbers of the whole table.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Q query rows, C candidate columns
+# Q query rows, C candidate columns, P regions of a grid
 
 
 def _check_rows(table_QC: Tensor, positive_Q: Tensor) -> None:
@@ -121,6 +121,72 @@ def _smoothed(
     own = math.log(1.0 - smoothing + own_share * share)
     filled = torch.full_like(table_QC, log_share, requires_grad=False)
     return filled.masked_fill(is_positive(table_QC, positive_Q), own)
+
+
+def same_group_log_targets(keys_Q: Tensor, keys_C: Tensor, positive_Q: Tensor) -> Tensor:
+    """log-targets [Q, C] spread evenly over the candidates of the row's group: several positives.
+
+    Args:
+        keys_Q: group (study) of each row, integers.
+        keys_C: group of each candidate.
+        positive_Q: own column of each row, int64; a target whatever its key says.
+
+    Returns:
+        -log(size of the group) at its members and -inf elsewhere, float32; one-hot where nobody shares the
+        key. The cross-entropy of such a row cannot fall below the log of its group's size.
+
+    Raises:
+        ValueError: positive_Q is not of the shape of keys_Q.
+
+    Source: supervised contrastive learning, arXiv 2004.11362 (mean over positives outside the log), with the
+        own pair among the positives.
+    """
+    if positive_Q.shape != keys_Q.shape:
+        raise ValueError(
+            f"positive columns must have shape {list(keys_Q.shape)}, got {list(positive_Q.shape)}"
+        )
+    is_member_QC = keys_Q[:, None] == keys_C
+    is_member_QC = is_member_QC | is_positive(is_member_QC, positive_Q)
+    zeros_QC = torch.zeros(is_member_QC.shape, device=is_member_QC.device)
+    return zeros_QC.masked_fill(~is_member_QC, -torch.inf).log_softmax(dim=1)
+
+
+def spatial_log_targets(
+    grid: tuple[int, int], *, relative_threshold: float = 0.5, sharpness: float = 1.0
+) -> Tensor:
+    """log-targets [P, P] that a region shares with the regions near it.
+
+    P_nk proportional to exp(-sharpness * d_nk) where d_nk <= relative_threshold, else 0; rows sum to 1. d is
+    the distance on the grid in units of its diagonal, sqrt(rows^2 + columns^2).
+
+    Args:
+        grid: rows and columns; regions are row-major.
+        relative_threshold: >= 0, the bound included; 0 is one-hot.
+        sharpness: >= 0; 0 is uniform within the threshold.
+
+    Returns:
+        float64, -inf beyond the threshold.
+
+    Raises:
+        ValueError: an empty grid, or a negative threshold or sharpness.
+
+    Source: LoVT, arXiv 2112.02889 (.5 and 1). The release measures in float32, which leaves pairs exactly at
+        the threshold to rounding (14 x 14: 7 rows and 7 columns apart); here squares of whole numbers decide.
+    """
+    num_rows, num_columns = grid
+    if num_rows < 1 or num_columns < 1:
+        raise ValueError(f"a grid needs at least one row and one column, got {grid}")
+    if not relative_threshold >= 0.0:
+        raise ValueError(f"relative_threshold must be >= 0, got {relative_threshold}")
+    if not sharpness >= 0.0:
+        raise ValueError(f"sharpness must be >= 0, got {sharpness}")
+    at_P = torch.arange(num_rows * num_columns)
+    row_P, column_P = at_P // num_columns, at_P % num_columns
+    squared_PP = (row_P[:, None] - row_P) ** 2 + (column_P[:, None] - column_P) ** 2
+    diagonal_squared = num_rows**2 + num_columns**2
+    distance_PP = (squared_PP.double() / diagonal_squared).sqrt()
+    is_far_PP = squared_PP > relative_threshold**2 * diagonal_squared
+    return (-sharpness * distance_PP).masked_fill(is_far_PP, -torch.inf).log_softmax(dim=1)
 
 
 def mean_off_diagonal_mass(

@@ -1,4 +1,4 @@
-"""Soft target rows, their temperature and the KL losses: stored values, limits, refusals."""
+"""Target rows, their temperature and the KL losses: stored values, limits, refusals."""
 
 import math
 
@@ -13,13 +13,16 @@ from models.targets import (
     kl_rows,
     mean_off_diagonal_mass,
     negative_targets,
+    same_group_log_targets,
     smoothed_over_all,
     smoothed_over_negatives,
     soft_targets,
+    spatial_log_targets,
     symmetric_kl_rows,
     temperature_from_off_diagonal_mass,
 )
 from tests.golden_files import assert_golden, leaf, tensors
+from tests.oracles.lovt import loop_spatial_targets
 from tests.oracles.softclip import loop_soft_targets
 
 LOSSES = ["softclip_loss_0", "softclip_loss_2"]
@@ -189,6 +192,71 @@ def test_very_sharp_targets_stay_finite_in_float32():
     assert logits.grad.isfinite().all()
 
 
+def test_spatial_targets_are_the_releases():
+    """1e-7: the release computes them in float32."""
+    golden = tensors("lovt_official_local_scan")
+    threshold, sharpness = golden["threshold"].item(), golden["lam"].item()
+    found = spatial_log_targets((3, 3), relative_threshold=threshold, sharpness=sharpness).exp()
+    assert_golden(found, golden["pos_weights"], atol=1e-7)
+    other = spatial_log_targets((3, 3), relative_threshold=threshold, sharpness=sharpness + 0.1).exp()
+    assert (other - golden["pos_weights"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("grid", "threshold", "sharpness"), [((2, 5), 0.5, 1.0), ((4, 4), 0.5, 3.0), ((1, 4), 0.3, 0.0)]
+)
+def test_spatial_targets_equal_the_loop(grid, threshold, sharpness):
+    found = spatial_log_targets(grid, relative_threshold=threshold, sharpness=sharpness)
+    expected = loop_spatial_targets(grid, threshold, sharpness)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.exp(), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(len(found), dtype=torch.float64))
+
+
+def test_spatial_targets_at_their_limits():
+    one_hot = spatial_log_targets((3, 4), relative_threshold=0.0).exp()
+    torch.testing.assert_close(one_hot, torch.eye(12, dtype=torch.float64))
+    even = spatial_log_targets((3, 4), relative_threshold=1.0, sharpness=0.0).exp()
+    torch.testing.assert_close(even, torch.full((12, 12), 1 / 12, dtype=torch.float64))
+    sharp = spatial_log_targets((3, 4), sharpness=1e4).exp()
+    torch.testing.assert_close(sharp, torch.eye(12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("side", [4, 6, 14, 16])
+def test_regions_exactly_at_the_threshold_are_within(side):
+    """Half the diagonal of an even square grid is a distance that occurs: side / 2 rows and columns apart."""
+    found = spatial_log_targets((side, side))
+    apart = side // 2 * (side + 1)
+    assert found[0, apart].isfinite()
+    assert torch.isinf(found[0, apart + 1])
+    assert torch.isinf(spatial_log_targets((side, side), relative_threshold=0.499)[0, apart])
+
+
+def test_same_group_targets_are_even_over_the_rows_group():
+    keys, everyone = torch.tensor([5, 7, 9]), torch.tensor([7, 5, 7, 9, 5, 7])
+    found = same_group_log_targets(keys, everyone, torch.tensor([1, 0, 3])).exp()
+    expected = [[0, 1 / 2, 0, 0, 1 / 2, 0], [1 / 3, 0, 1 / 3, 0, 0, 1 / 3], [0, 0, 0, 1, 0, 0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_same_group_targets_of_distinct_groups_are_one_hot_and_keep_the_own_pair():
+    own = torch.tensor([2, 0, 1])
+    distinct = same_group_log_targets(torch.tensor([3, 1, 2]), torch.tensor([1, 2, 3]), own)
+    torch.testing.assert_close(distinct.exp(), torch.eye(3)[own])
+    unlike = same_group_log_targets(torch.tensor([8]), torch.tensor([1, 8, 3]), torch.tensor([2]))
+    torch.testing.assert_close(unlike.exp(), torch.tensor([[0.0, 0.5, 0.5]]))
+
+
+def test_same_group_rows_are_a_slice_of_the_whole_table_and_bound_the_loss():
+    keys = torch.tensor([4, 4, 6, 4])
+    whole, part = same_group_log_targets(keys, keys, torch.arange(4)), slice(1, 3)
+    torch.testing.assert_close(
+        same_group_log_targets(keys[part], keys, torch.arange(4)[part]), whole[part], rtol=0, atol=0
+    )
+    best = cross_entropy_rows(whole.double(), whole.double().clamp_min(-1e3))
+    torch.testing.assert_close(best, torch.tensor([3.0, 3.0, 1.0, 3.0], dtype=torch.float64).log())
+
+
 S, OWN = table(3)
 
 
@@ -210,6 +278,13 @@ S, OWN = table(3)
         (
             lambda: temperature_from_off_diagonal_mass(0.5, num_candidates=4, typical_cosine=1.0),
             "typical_cosine must be < 1, got 1.0",
+        ),
+        (lambda: spatial_log_targets((0, 3)), r"at least one row and one column, got \(0, 3\)"),
+        (lambda: spatial_log_targets((2, 2), relative_threshold=-1.0), "relative_threshold must be >= 0"),
+        (lambda: spatial_log_targets((2, 2), sharpness=-1.0), "sharpness must be >= 0, got -1.0"),
+        (
+            lambda: same_group_log_targets(torch.arange(3), torch.arange(3), OWN[:2]),
+            r"must have shape \[3\], got \[2\]",
         ),
     ],
 )
