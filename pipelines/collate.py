@@ -10,8 +10,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from models.outputs import PairBatch
-from pipelines.keyed_random import Purpose, keyed_uniform, text_key
+from models.outputs import NUM_TAGS, PairBatch
+from pipelines.keyed_random import Purpose, keyed_hash, keyed_uniform, text_key
 
 # Aspect ratios of random crops, as everywhere in the field.
 _ASPECT = (3 / 4, 4 / 3)
@@ -23,10 +23,13 @@ class BatchSettings:
 
     Attributes:
         seed: of every draw.
-        text: `caption` or `sentence`; a row without sentences gives a caption.
+        text: `caption` or `sentence`; a row without sentences gives captions.
         num_views: crops per image.
         min_crop_area: smallest share of the image a crop covers; 1 means no cropping.
         num_patches: of the vision tower's grid, for selection noise.
+        max_tokens: longest text, start and end token included; joined sentences are cut to it.
+        num_texts: texts per pair, in the report's order; no sentence is in two of them.
+        sentences_per_text: sentences joined into one text; captions are never joined, each says it all.
     """
 
     seed: int
@@ -34,13 +37,22 @@ class BatchSettings:
     num_views: int
     min_crop_area: float
     num_patches: int
+    max_tokens: int
+    num_texts: int = 1
+    sentences_per_text: int = 1
 
 
 class PairRows:
-    """Prepared rows in memory: pixels as one array, texts as token lists."""
+    """Prepared rows in memory: pixels as one array, texts as token lists, labels as hashed bags."""
 
-    def __init__(self, table: pa.Table, image_size: int) -> None:
-        """Take over a table in schemas.PREPARED."""
+    def __init__(
+        self, table: pa.Table, image_size: int, *, positions: NDArray[np.int64] | None = None
+    ) -> None:
+        """Take over a table in schemas.PREPARED.
+
+        Args:
+            positions: of the rows in their split, int64; None when the table is the whole split.
+        """
         table = table.combine_chunks()
         flat = np.frombuffer(b"".join(table["image"].to_pylist()), dtype=np.uint8)
         self.images = flat.reshape(len(table), image_size, image_size, 3)
@@ -51,6 +63,8 @@ class PairRows:
         # A row of unknown group is a group of its own.
         groups = zip(table["group_id"].to_pylist(), row_ids, strict=True)
         self.group_keys = np.array([text_key(group or f"row:{row_id}") for group, row_id in groups], np.int64)
+        self.positions = np.arange(len(table), dtype=np.int64) if positions is None else positions
+        self.tags = _hashed_bags(table["labels"].to_pylist())
 
     def __len__(self) -> int:
         return len(self.row_keys)
@@ -60,7 +74,7 @@ def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *
     """A batch of the rows at `index`; the same for the same (seed, epoch, row id) wherever it runs."""
     keys = rows.row_keys[index]
     texts = _choose_texts(rows, index, keys, settings, epoch)
-    token_ids, is_real = _pad(texts)
+    token_ids, is_real, is_text = _pad(texts, num_texts=settings.num_texts)
     boxes = _view_boxes(keys, settings, epoch, side=rows.images.shape[1])
     noise = [
         keyed_uniform(
@@ -81,33 +95,80 @@ def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *
         ),
         token_ids=token_ids,
         is_real_token=is_real,
+        is_text=is_text,
         selection_noise=torch.from_numpy(np.stack(noise).astype(np.float32)),
         row_keys=torch.from_numpy(keys),
         group_keys=torch.from_numpy(rows.group_keys[index]),
-        text_keys=torch.tensor([text_key(str(text)) for text in texts]),
+        text_keys=torch.tensor([text_key(str(first)) for first, *_ in texts]),
+        draw_keys=torch.from_numpy(keyed_hash(keys, seed=settings.seed, epoch=epoch, purpose=Purpose.MODEL)),
+        row_index=torch.from_numpy(rows.positions[index]),
+        tags=torch.from_numpy(rows.tags[index].astype(np.float32)),
     )
 
 
 def _choose_texts(
     rows: PairRows, index: NDArray[np.int64], keys: NDArray[np.int64], settings: BatchSettings, epoch: int
-) -> list[list[int]]:
-    draws = keyed_uniform(keys, seed=settings.seed, epoch=epoch, purpose=Purpose.TEXT)[:, 0]
+) -> list[list[list[int]]]:
+    """Between one and `num_texts` texts of each row, as token lists."""
+    draws = keyed_uniform(
+        keys,
+        seed=settings.seed,
+        epoch=epoch,
+        purpose=Purpose.TEXT,
+        count=settings.num_texts * settings.sentences_per_text,
+    )
     chosen = []
-    for row, draw in zip(index.tolist(), draws.tolist(), strict=True):
-        options = rows.captions[row]
+    for row, row_draws in zip(index.tolist(), draws.tolist(), strict=True):
         if settings.text == "sentence" and rows.sentences[row]:
-            options = rows.sentences[row]
-        chosen.append(options[int(draw * len(options))])
+            sentences = _sample(rows.sentences[row], row_draws)
+            chosen.append(_join(sentences, settings.sentences_per_text, max_tokens=settings.max_tokens))
+        else:
+            chosen.append(_sample(rows.captions[row], row_draws[: settings.num_texts]))
     return chosen
 
 
-def _pad(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids padded to the longest text with 0, and what is real; both [B, T]."""
-    lengths = torch.tensor([len(text) for text in texts])
-    token_ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
-    for row, text in enumerate(texts):
-        token_ids[row, : len(text)] = torch.tensor(text)
-    return token_ids, torch.arange(token_ids.shape[1]) < lengths[:, None]
+def _sample(options: list[list[int]], draws: list[float]) -> list[list[int]]:
+    """As many different options as there are draws, or all, in the order they stand in."""
+    if len(options) <= len(draws):
+        return options
+    left = list(range(len(options)))
+    # Each uniform draw picks one of those left.
+    picked = [left.pop(int(draw * len(left))) for draw in draws]
+    return [options[position] for position in sorted(picked)]
+
+
+def _join(sentences: list[list[int]], per_text: int, *, max_tokens: int) -> list[list[int]]:
+    """Texts of so many sentences each, the last one perhaps of fewer, without the tokens between them."""
+    if per_text == 1:
+        return sentences
+    joined = []
+    for first in range(0, len(sentences), per_text):
+        parts = sentences[first : first + per_text]
+        words = [token for part in parts for token in part[1:-1]][: max_tokens - 2]
+        joined.append([parts[0][0], *words, parts[0][-1]])
+    return joined
+
+
+def _pad(texts: list[list[list[int]]], *, num_texts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids padded to the longest text with 0, what is real [M, B, T], and which texts exist [M, B]."""
+    counts = torch.tensor([len(row) for row in texts])
+    # A text that is missing still passes through the tower: start and end token.
+    filled = [row + [[row[0][0], row[0][-1]]] * (num_texts - len(row)) for row in texts]
+    lengths = torch.tensor([[len(row[text]) for row in filled] for text in range(num_texts)])
+    token_ids = torch.zeros(num_texts, len(texts), int(lengths.max()), dtype=torch.int64)
+    for pair, row in enumerate(filled):
+        for text, tokens in enumerate(row):
+            token_ids[text, pair, : len(tokens)] = torch.tensor(tokens)
+    is_real = torch.arange(token_ids.shape[2]) < lengths[:, :, None]
+    return token_ids, is_real, torch.arange(num_texts)[:, None] < counts[None, :]
+
+
+def _hashed_bags(labels: list[list[str]]) -> NDArray[np.bool_]:
+    """Each row's labels as a bag of hashes, [rows, NUM_TAGS]; labels that share a hash count as one."""
+    bags = np.zeros((len(labels), NUM_TAGS), np.bool_)
+    for row, names in enumerate(labels):
+        bags[row, [text_key(name) % NUM_TAGS for name in names]] = True
+    return bags
 
 
 def _view_boxes(

@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     CROP = 2
     TEACHER_CROP = 3
     SELECTION = 4
+    # The key of whatever the model itself draws for a pair.
+    MODEL = 5
 
 
 def text_key(text: str) -> int:
@@ -43,13 +45,24 @@ def keyed_uniform(
         keys: of the rows, int64 [B].
         stream: separates draws for the same purpose, such as views.
     """
-    state = keys.astype(np.uint64)
-    with np.errstate(over="ignore"):  # the arithmetic is modulo 2^64 on purpose
-        for salt in (seed, epoch, int(purpose), stream):
-            state = _mix(state ^ (np.uint64(salt & 0xFFFFFFFFFFFFFFFF) * _GOLDEN + _GOLDEN))
+    state = _salted(keys, seed, epoch, int(purpose), stream)
+    with np.errstate(over="ignore"):
         counters = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
         bits = _mix(state[:, None] + counters[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def keyed_hash(keys: NDArray[np.int64], *, seed: int, epoch: int, purpose: Purpose) -> NDArray[np.int64]:
+    """A 63-bit hash of each key with seed, epoch and purpose, int64 [B]."""
+    return (_salted(keys, seed, epoch, int(purpose)) >> np.uint64(1)).astype(np.int64)
+
+
+def _salted(keys: NDArray[np.int64], *salts: int) -> NDArray[np.uint64]:
+    state = keys.astype(np.uint64)
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2^64 on purpose
+        for salt in salts:
+            state = _mix(state ^ (np.uint64(salt & 0xFFFFFFFFFFFFFFFF) * _GOLDEN + _GOLDEN))
+    return state
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

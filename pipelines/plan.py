@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from models.outputs import PairBatch
+from models.outputs import NUM_TAGS, PairBatch
 from pipelines.config import Config
 from pipelines.config_tree import validate_tree
 from pipelines.spaces import method_tree, space_of
@@ -96,19 +96,24 @@ def stand_in_trainer(config: Config) -> Trainer:
 def random_batch(config: Config, trainer: Trainer, num_pairs: int) -> PairBatch:
     """Pairs of noise in the configuration's shapes, to time a step with."""
     generator = torch.Generator().manual_seed(0)
-    side, views = config.data.image_size, config.method.features.num_views
+    side, features = config.data.image_size, config.method.features
+    views, texts = features.num_views, features.num_texts
     box = torch.tensor([0.0, 0.0, side, side]).expand(num_pairs, 4)
     length = min(_TIMED_TOKENS, config.data.max_tokens)
     return PairBatch(
         images=torch.randint(0, 256, (num_pairs, side, side, 3), dtype=torch.uint8, generator=generator),
         view_boxes=box.expand(views, num_pairs, 4),
         teacher_boxes=box,
-        token_ids=torch.randint(4, 512, (num_pairs, length), generator=generator),
-        is_real_token=torch.ones(num_pairs, length, dtype=torch.bool),
+        token_ids=torch.randint(4, 512, (texts, num_pairs, length), generator=generator),
+        is_real_token=torch.ones(texts, num_pairs, length, dtype=torch.bool),
+        is_text=torch.ones(texts, num_pairs, dtype=torch.bool),
         selection_noise=torch.rand(views, num_pairs, trainer.model.vision.grid**2, generator=generator),
         row_keys=torch.arange(num_pairs),
         group_keys=torch.arange(num_pairs),
         text_keys=torch.arange(num_pairs),
+        draw_keys=torch.arange(num_pairs),
+        row_index=torch.arange(num_pairs),
+        tags=torch.zeros(num_pairs, NUM_TAGS),
     )
 
 

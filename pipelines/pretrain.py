@@ -128,6 +128,9 @@ class _Run:
             num_views=features.num_views,
             min_crop_area=train.min_crop_area,
             num_patches=self.trainer.model.vision.grid**2,
+            max_tokens=self.config.data.max_tokens,
+            num_texts=features.num_texts,
+            sentences_per_text=features.sentences_per_text,
         )
         order, place = self._order(), self.job.prepared
         rank, world = self.port.rank, self.port.world

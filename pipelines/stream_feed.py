@@ -80,7 +80,8 @@ def _read_rows(
         for shard in np.unique(shard_of)
     ]
     table = pa.concat_tables(parts)
-    return PairRows(table, Prepared.open(prepared_uri).image_size), np.arange(len(index))
+    rows = PairRows(table, Prepared.open(prepared_uri).image_size, positions=index)
+    return rows, np.arange(len(index))
 
 
 @lru_cache(maxsize=16)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.gather import SingleProcess
-from models.outputs import PairBatch, PairOutputs
+from models.outputs import NUM_TAGS, PairBatch, PairOutputs
 from models.pair_model import LossReport, PairModel
 from models.recipe import MethodRecipe
 from models.teacher import EmaTeacher, select_tokens
@@ -53,44 +53,78 @@ def colour_fields(num_images: int, g: torch.Generator) -> Tensor:
     return colours.repeat_interleave(SIDE // GRID, 1).repeat_interleave(SIDE // GRID, 2)
 
 
-def make_batch(lengths: Sequence[int] = LENGTHS, *, num_views: int = 1, seed: int = 0) -> PairBatch:
+def make_batch(
+    lengths: Sequence[int] = LENGTHS, *, num_views: int = 1, num_texts: int = 1, seed: int = 0
+) -> PairBatch:
     """Colour fields and random texts of the given lengths; views are crops, the teacher sees everything.
 
-    Groups are (0, 1), (2, 3) ... shifted by one: (7, 0), (1, 2) ..., so that they straddle halves.
+    Groups are (0, 1), (2, 3) ... shifted by one: (7, 0), (1, 2) ..., so that they straddle halves. Text 0
+    is the same for any number of texts; pair i has i % num_texts more.
     """
     g, num_pairs = generator(seed), len(lengths)
-    token_ids = torch.randint(3, TEXT.vocab_size, (num_pairs, max(lengths)), generator=g)
-    count = torch.tensor(lengths)
-    is_real = torch.arange(max(lengths)) < count[:, None]
-    token_ids[:, 0] = TEXT.start_id
-    token_ids[torch.arange(num_pairs), count - 1] = TEXT.end_id
+    token_ids, is_real = _random_texts(lengths, g)
     # float32 is the contract, whatever the default type
     size = SIDE * (0.6 + 0.4 * torch.rand(num_views, num_pairs, 2, generator=g, dtype=torch.float32))
     corner = (SIDE - size) * torch.rand(num_views, num_pairs, 2, generator=g, dtype=torch.float32)
     index = torch.arange(num_pairs)
-    return PairBatch(
+    batch = PairBatch(
         images=colour_fields(num_pairs, g),
         view_boxes=torch.cat([corner, size], 2),
         teacher_boxes=torch.tensor([0, 0, SIDE, SIDE], dtype=torch.float32).repeat(num_pairs, 1),
-        token_ids=token_ids.masked_fill(~is_real, TEXT.pad_id),
-        is_real_token=is_real,
+        token_ids=token_ids[None],
+        is_real_token=is_real[None],
+        is_text=torch.ones(1, num_pairs, dtype=torch.bool),
         selection_noise=torch.rand(num_views, num_pairs, GRID * GRID, generator=g, dtype=torch.float32),
         row_keys=index,
         group_keys=(index + 1) // 2 % (num_pairs // 2 or 1),
         text_keys=index % max(num_pairs - 1, 1),
+        draw_keys=torch.randint(1 << 62, (num_pairs,), generator=g),
+        row_index=index,
+        # Few labels, so that pairs share some.
+        tags=(torch.rand(num_pairs, NUM_TAGS, generator=g, dtype=torch.float32) < 4 / NUM_TAGS).float(),
     )
+    return batch if num_texts == 1 else _with_more_texts(batch, num_texts, g)
+
+
+def _random_texts(lengths: Sequence[int], g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Texts of the given lengths, start and end token included, and what is real; both [B, T]."""
+    token_ids = torch.randint(3, TEXT.vocab_size, (len(lengths), max(lengths)), generator=g)
+    count = torch.tensor(lengths)
+    is_real = torch.arange(max(lengths)) < count[:, None]
+    token_ids[:, 0] = TEXT.start_id
+    token_ids[torch.arange(len(lengths)), count - 1] = TEXT.end_id
+    return token_ids.masked_fill(~is_real, TEXT.pad_id), is_real
+
+
+def _with_more_texts(batch: PairBatch, num_texts: int, g: torch.Generator) -> PairBatch:
+    """The batch with texts after text 0, each a word shorter; a missing one is start and end."""
+    lengths = batch.is_real_token[0].sum(1).tolist()
+    token_ids, is_real = [batch.token_ids[0]], [batch.is_real_token[0]]
+    is_text = torch.arange(num_texts)[:, None] <= torch.arange(len(lengths))[None, :] % num_texts
+    for text in range(1, num_texts):
+        there = zip(lengths, is_text[text].tolist(), strict=True)
+        ids, real = _random_texts([max(3, length - text) if exists else 2 for length, exists in there], g)
+        missing = max(lengths) - ids.shape[1]
+        token_ids.append(F.pad(ids, (0, missing), value=TEXT.pad_id))
+        is_real.append(F.pad(real, (0, missing)))
+    return replace(
+        batch, token_ids=torch.stack(token_ids), is_real_token=torch.stack(is_real), is_text=is_text
+    )
+
+
+# Fields whose first axis counts views or texts; pairs are the second.
+_SECOND_AXIS = {"view_boxes", "selection_noise", "token_ids", "is_real_token", "is_text"}
 
 
 def rows_of(batch: PairBatch, rows: slice) -> PairBatch:
     """The share of one worker, its texts padded to their own longest."""
-    per_view = {"view_boxes", "selection_noise"}
     cut = {
-        f.name: getattr(batch, f.name)[:, rows] if f.name in per_view else getattr(batch, f.name)[rows]
+        f.name: getattr(batch, f.name)[:, rows] if f.name in _SECOND_AXIS else getattr(batch, f.name)[rows]
         for f in fields(batch)
     }
-    longest = int(cut["is_real_token"].sum(1).max())
-    cut["token_ids"] = cut["token_ids"][:, :longest]
-    cut["is_real_token"] = cut["is_real_token"][:, :longest]
+    longest = int(cut["is_real_token"].sum(2).max())
+    cut["token_ids"] = cut["token_ids"][:, :, :longest]
+    cut["is_real_token"] = cut["is_real_token"][:, :, :longest]
     return replace(batch, **cut)
 
 

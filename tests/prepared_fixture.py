@@ -14,16 +14,17 @@ from pipelines.schemas import PREPARED
 IMAGE_SIZE = 8
 
 
-def prepared_table(num_rows: int, *, seed: int = 0) -> pa.Table:
-    """Rows in `schemas.PREPARED` with three captions each; every other row has two sentences.
+def prepared_table(num_rows: int, *, num_sentences: int = 2, seed: int = 0) -> pa.Table:
+    """Rows in `schemas.PREPARED` with three captions each; every other row has sentences.
 
-    The first caption of row i is [1, 100 + i, 2]; captions differ in length, rows 0 and 1 share a group.
+    The first caption of row i is [1, 100 + i, 2] and its sentence j is [1, 400 + 100 j + i, 2]; captions
+    differ in length, rows 0 and 1 share a group, row i has the first i % 3 of two labels.
     """
     generator = np.random.default_rng(seed)
     rows = []
     for i in range(num_rows):
         captions = [[1, 100 + i, 2], [1, 200 + i, 5, 2], [1, 300 + i, *range(3, 3 + i % 5), 2]]
-        sentences = [[1, 400 + i, 2], [1, 500 + i, 2]] if i % 2 else []
+        sentences = [[1, 400 + 100 * j + i, 2] for j in range(num_sentences if i % 2 else 0)]
         rows.append(
             {
                 "row_id": f"seed{seed}-row{i}",
@@ -32,7 +33,7 @@ def prepared_table(num_rows: int, *, seed: int = 0) -> pa.Table:
                 "sentence_tokens": sentences,
                 "captions": [str(tokens) for tokens in captions],
                 "sentences": [str(tokens) for tokens in sentences],
-                "labels": [],
+                "labels": ["seen", f"colour{i % 4}"][: i % 3],
                 "class_name": None,
                 "group_id": "together" if i < 2 else None,
                 "source": "hand",

@@ -8,25 +8,42 @@ import numpy as np
 import pytest
 import torch
 
-from models.outputs import PairBatch
+from models.outputs import NUM_TAGS, PairBatch
 from pipelines.collate import BatchSettings, PairRows, collate
+from pipelines.keyed_random import Purpose, keyed_uniform, text_key
 from tests.prepared_fixture import IMAGE_SIZE, prepared_table
 
 TABLE = prepared_table(32)
 ROWS = PairRows(TABLE, IMAGE_SIZE)
-SETTINGS = BatchSettings(seed=1, text="caption", num_views=2, min_crop_area=0.3, num_patches=4)
-# Which axis of a field counts pairs.
-PAIR_AXIS = {"view_boxes": 1, "selection_noise": 1}
+SETTINGS = BatchSettings(seed=1, text="caption", num_views=2, min_crop_area=0.3, num_patches=4, max_tokens=12)
+# Five sentences in every other row.
+REPORTS = PairRows(prepared_table(32, num_sentences=5), IMAGE_SIZE)
+# Fields whose first axis counts views or texts; pairs are the second.
+SECOND_AXIS = {"view_boxes", "selection_noise", "token_ids", "is_real_token", "is_text"}
 
 
 def batch_of(*rows: int, epoch: int = 0, settings: BatchSettings = SETTINGS) -> PairBatch:
     return collate(ROWS, np.array(rows), settings, epoch=epoch)
 
 
-def texts_of(batch: PairBatch) -> list[list[int]]:
-    """Token lists without padding."""
-    pairs = zip(batch.token_ids, batch.is_real_token, strict=True)
+def reports(*rows: int, epoch: int = 0, num_texts: int, sentences_per_text: int = 1, **more) -> PairBatch:
+    """A batch with several texts per pair."""
+    settings = replace(
+        SETTINGS, text="sentence", num_texts=num_texts, sentences_per_text=sentences_per_text, **more
+    )
+    return collate(REPORTS, np.array(rows), settings, epoch=epoch)
+
+
+def texts_of(batch: PairBatch, text: int = 0) -> list[list[int]]:
+    """Token lists of one text of every pair, without padding."""
+    pairs = zip(batch.token_ids[text], batch.is_real_token[text], strict=True)
     return [ids[real].tolist() for ids, real in pairs]
+
+
+def report_of(batch: PairBatch, position: int) -> list[list[int]]:
+    """All texts a pair has."""
+    num_texts = int(batch.is_text[:, position].sum())
+    return [texts_of(batch, text)[position] for text in range(num_texts)]
 
 
 def row_of(batch: PairBatch, position: int) -> dict[str, object]:
@@ -34,7 +51,7 @@ def row_of(batch: PairBatch, position: int) -> dict[str, object]:
     picked: dict[str, object] = {"text": texts_of(batch)[position]}
     for field in fields(batch):
         if field.name not in ("token_ids", "is_real_token"):
-            value = getattr(batch, field.name).select(PAIR_AXIS.get(field.name, 0), position)
+            value = getattr(batch, field.name).select(int(field.name in SECOND_AXIS), position)
             picked[field.name] = value.tolist()
     return picked
 
@@ -46,10 +63,14 @@ def test_shapes_and_types():
     assert batch.view_boxes.shape == (2, 3, 4)
     assert batch.teacher_boxes.shape == (3, 4)
     assert batch.selection_noise.shape == (2, 3, 4)
-    floats = (batch.view_boxes, batch.teacher_boxes, batch.selection_noise)
+    assert batch.token_ids.shape[:2] == batch.is_real_token.shape[:2] == batch.is_text.shape == (1, 3)
+    assert batch.tags.shape == (3, NUM_TAGS)
+    floats = (batch.view_boxes, batch.teacher_boxes, batch.selection_noise, batch.tags)
     assert {tensor.dtype for tensor in floats} == {torch.float32}
-    integers = (batch.token_ids, batch.row_keys, batch.group_keys, batch.text_keys)
-    assert {tensor.dtype for tensor in integers} == {torch.int64}
+    keys = (batch.row_keys, batch.group_keys, batch.text_keys, batch.draw_keys, batch.row_index)
+    assert all(key.shape == (3,) for key in keys)
+    assert {tensor.dtype for tensor in (batch.token_ids, *keys)} == {torch.int64}
+    assert {batch.is_real_token.dtype, batch.is_text.dtype} == {torch.bool}
 
 
 def test_pixels_are_those_of_the_row():
@@ -67,8 +88,9 @@ def test_a_row_is_the_same_in_any_company():
 
 def test_a_row_is_the_same_wherever_it_is_stored():
     """A worker that reads other shards has the row at another position."""
-    moved = PairRows(TABLE.slice(5, 3), IMAGE_SIZE)
+    moved = PairRows(TABLE.slice(5, 3), IMAGE_SIZE, positions=np.array([5, 6, 7]))
     assert row_of(collate(moved, np.array([0]), SETTINGS, epoch=0), 0) == row_of(batch_of(5), 0)
+    assert batch_of(9, 5).row_index.tolist() == [9, 5]
 
 
 @pytest.mark.parametrize("change", [{"epoch": 1}, {"settings": replace(SETTINGS, seed=2)}])
@@ -79,7 +101,8 @@ def test_epochs_and_seeds_draw_anew(change):
     for name in ("view_boxes", "teacher_boxes", "selection_noise"):
         one, other = getattr(before, name), getattr(after, name)
         assert not (one == other).all(-1).any(), name
-    for name in ("images", "row_keys", "group_keys"):
+    assert not (before.draw_keys == after.draw_keys).any()
+    for name in ("images", "row_keys", "group_keys", "row_index", "tags"):
         assert torch.equal(getattr(before, name), getattr(after, name))
 
 
@@ -97,12 +120,107 @@ def test_sentences_fall_back_to_captions():
         assert texts_of(batch_of(7, epoch=epoch))[0][1] // 100 in (1, 2, 3)
 
 
+def test_one_text_is_the_option_at_the_rows_first_number():
+    """The rule of every stored curve: options[int(u * number of options)]."""
+    for text, options in (("caption", ROWS.captions), ("sentence", ROWS.sentences)):
+        rows = np.array([row for row in range(32) if options[row]])
+        draws = keyed_uniform(ROWS.row_keys[rows], seed=1, epoch=3, purpose=Purpose.TEXT)[:, 0]
+        expected = [options[row][int(u * len(options[row]))] for row, u in zip(rows, draws, strict=True)]
+        batch = batch_of(*rows, epoch=3, settings=replace(SETTINGS, text=text))
+        assert texts_of(batch) == expected
+        assert batch.text_keys.tolist() == [text_key(str(tokens)) for tokens in expected]
+        assert texts_of(batch_of(*rows, epoch=4, settings=replace(SETTINGS, text=text))) != expected
+
+
+def test_several_texts_are_different_sentences_in_the_reports_order():
+    seen = set()
+    for epoch in range(60):
+        texts = report_of(reports(7, epoch=epoch, num_texts=3), 0)
+        numbers = tuple(REPORTS.sentences[7].index(text) for text in texts)
+        assert len(set(numbers)) == 3
+        assert list(numbers) == sorted(numbers)
+        seen.add(numbers)
+    # All of the 10 ways to take 3 of 5.
+    assert len(seen) == 10
+
+
+def test_every_sentence_is_as_likely_as_another():
+    rows = PairRows(prepared_table(4000, num_sentences=5), IMAGE_SIZE)
+    settings = replace(SETTINGS, text="sentence", num_texts=2)
+    batch = collate(rows, np.arange(1, 4000, 2), settings, epoch=0)
+    numbers = (batch.token_ids[:, :, 1] - torch.arange(1, 4000, 2) - 400) // 100
+    pairs = (5 * numbers[0] + numbers[1]).bincount(minlength=25)
+    # 10 pairs, 200 each expected; chi-square with 9 degrees of freedom, 33.7 is its 0.9999 quantile.
+    assert (pairs > 0).sum() == 10
+    assert ((pairs[pairs > 0] - 200.0) ** 2 / 200).sum() < 33.7
+
+
+def test_a_report_with_fewer_sentences_gives_all_and_says_which_are_missing():
+    batch = reports(7, 6, num_texts=7)
+    assert report_of(batch, 0) == REPORTS.sentences[7]
+    # A row without sentences gives its captions.
+    assert report_of(batch, 1) == REPORTS.captions[6]
+    assert batch.is_text.sum(0).tolist() == [5, 3]
+    assert batch.is_text.tolist() == [[True, True]] * 3 + [[True, False]] * 2 + [[False, False]] * 2
+    assert texts_of(batch, 5) == texts_of(batch, 6) == [[1, 2], [1, 2]]
+
+
+def test_joined_sentences_have_one_start_and_one_end():
+    words = [sentence[1:-1] for sentence in REPORTS.sentences[7]]
+    batch = reports(7, 6, num_texts=2, sentences_per_text=3)
+    assert report_of(batch, 0) == [[1, *words[0], *words[1], *words[2], 2], [1, *words[3], *words[4], 2]]
+    # Captions say the same in other words: they are never joined.
+    captions = report_of(batch, 1)
+    assert len(captions) == 2
+    assert all(caption in REPORTS.captions[6] for caption in captions)
+    for epoch in range(20):
+        first, second = report_of(reports(7, epoch=epoch, num_texts=2, sentences_per_text=2), 0)
+        numbers = [words.index([word]) for text in (first, second) for word in text[1:-1]]
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) == 4
+
+
+def test_joined_sentences_are_cut_before_the_end_token():
+    whole = report_of(reports(7, num_texts=1, sentences_per_text=5), 0)[0]
+    assert len(whole) == 7
+    assert report_of(reports(7, num_texts=1, sentences_per_text=5, max_tokens=5), 0) == [[*whole[:4], 2]]
+
+
+def test_text_0_and_its_key_belong_together():
+    batch = reports(*range(32), num_texts=3)
+    assert batch.text_keys.tolist() == [text_key(str(text)) for text in texts_of(batch)]
+
+
+def test_a_report_is_the_same_in_any_company():
+    alone = reports(7, num_texts=3)
+    in_company = reports(9, 7, 6, num_texts=3)
+    assert report_of(in_company, 1) == report_of(alone, 0)
+    assert report_of(in_company, 0) != report_of(alone, 0)
+
+
+def test_tags_are_the_rows_labels():
+    batch = batch_of(*range(32))
+    assert set(batch.tags.unique().tolist()) == {0, 1}
+    for row in range(32):
+        labels = TABLE["labels"][row].as_py()
+        expected = {text_key(label) % NUM_TAGS for label in labels}
+        assert set(batch.tags[row].nonzero()[:, 0].tolist()) == expected
+        assert len(labels) == row % 3
+
+
+def test_draw_keys_differ_between_rows_and_from_row_keys():
+    batch = batch_of(*range(32))
+    assert len(set(batch.draw_keys.tolist())) == 32
+    assert (batch.draw_keys >= 0).all()
+    assert not (batch.draw_keys == batch.row_keys).any()
+
+
 def test_texts_are_padded_to_the_longest_of_the_batch():
     batch = batch_of(*range(32))
     texts = texts_of(batch)
-    assert batch.token_ids.shape[1] == max(len(text) for text in texts)
+    assert batch.token_ids.shape[2] == max(len(text) for text in texts)
     assert (batch.token_ids[~batch.is_real_token] == 0).all()
-    for text, real in zip(texts, batch.is_real_token.tolist(), strict=True):
+    for text, real in zip(texts, batch.is_real_token[0].tolist(), strict=True):
         assert real == [True] * len(text) + [False] * (len(real) - len(text))
         assert (text[0], text[-1]) == (1, 2)
 

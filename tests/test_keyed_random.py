@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipelines.keyed_random import Purpose, keyed_uniform, text_key
+from pipelines.keyed_random import Purpose, keyed_hash, keyed_uniform, text_key
 
 KEYS = np.array([text_key(f"row{i}") for i in range(4096)])
 BASE = {"seed": 3, "epoch": 5, "purpose": Purpose.CROP, "stream": 0}
@@ -36,6 +36,25 @@ def test_against_unbounded_integers():
         for column in range(3):
             bits = splitmix((state + (column + 1) * golden) & _MASK)
             assert found[row, column] == (bits >> 11) / 2**53
+
+
+def test_hashes_against_unbounded_integers():
+    golden = 0x9E3779B97F4A7C15
+    found = keyed_hash(KEYS[:5], seed=3, epoch=5, purpose=Purpose.MODEL)
+    for key, hashed in zip(KEYS[:5].tolist(), found.tolist(), strict=True):
+        state = key
+        for salt in (3, 5, int(Purpose.MODEL)):
+            state = splitmix(state ^ ((salt * golden + golden) & _MASK))
+        assert hashed == state >> 1
+
+
+def test_hashes_depend_on_every_key():
+    base = {"seed": 3, "epoch": 5, "purpose": Purpose.MODEL}
+    first = keyed_hash(KEYS, **base)
+    assert first.min() >= 0
+    assert len(set(first.tolist())) == len(KEYS)
+    for change in ({"seed": 4}, {"epoch": 6}, {"purpose": Purpose.TEXT}):
+        assert not (keyed_hash(KEYS, **base | change) == first).any()
 
 
 def test_a_key_has_its_numbers_in_any_company():
