@@ -1,30 +1,36 @@
-"""Hopfield retrieval: released values and gradients, loop, limits in beta, refusals."""
+"""Hopfield retrieval: released values and gradients, loop, chunks, limits in beta, refusals."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from models.retrieval import effective_patterns, hopfield_retrieval
 from tests.golden_files import GOLDEN, assert_golden, leaf, tensors
 from tests.oracles.contrastive import loop_hopfield
-from tests.pair_fixture import unit
 
 CASES = sorted(path.stem for path in GOLDEN.glob("hopfield_*.npz"))
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(shape, dtype=torch.float64, generator=generator), dim=-1)
 
 
 def test_every_copied_case_is_used():
     assert len(CASES) == 3
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_retrieval_equals_the_release(name):
+def test_retrieval_equals_the_release(name, chunk):
     golden = tensors(name)
     stored_raw, state_raw = leaf(golden["stored_raw"]), leaf(golden["state_raw"])
     stored, state = F.normalize(stored_raw, dim=1), F.normalize(state_raw, dim=1)
     beta = leaf(golden["beta"])
-    retrieved = hopfield_retrieval(state, stored, beta=beta)
+    retrieved = hopfield_retrieval(state, stored, beta=beta, rows_per_chunk=chunk)
     assert_golden(retrieved, golden["retrieved_unit"])
     assert_golden(F.normalize(golden["assoc"] @ stored, dim=1), golden["retrieved_unit"])
     (retrieved * golden["W"]).sum().backward()
@@ -61,6 +67,16 @@ def test_the_order_of_stored_patterns_is_irrelevant():
     whole = hopfield_retrieval(state, stored, beta=8.0)
     torch.testing.assert_close(hopfield_retrieval(state, stored[[4, 2, 0, 1, 3]], beta=8.0), whole)
     assert not torch.allclose(hopfield_retrieval(state, stored[:4], beta=8.0), whole)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
+def test_chunks_change_neither_retrieval_nor_diagnostics(chunk):
+    state, stored = unit(3, 4), unit(5, 4, seed=1)
+    whole = hopfield_retrieval(state, stored, beta=8.0)
+    torch.testing.assert_close(hopfield_retrieval(state, stored, beta=8.0, rows_per_chunk=chunk), whole)
+    found = effective_patterns(state, stored, beta=8.0, rows_per_chunk=chunk)
+    torch.testing.assert_close(found, effective_patterns(state, stored, beta=8.0))
+    assert not torch.allclose(found, effective_patterns(state, stored, beta=7.0))
 
 
 def test_gradients_pass_gradcheck():
