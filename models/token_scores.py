@@ -88,7 +88,8 @@ def _check_boxes(scores_BP: Tensor, source_box_B4: Tensor, view_box_B4: Tensor) 
                 f"{name} boxes must be [{scores_BP.shape[0]}, 4] (top, left, height, width), "
                 f"got {tuple(boxes.shape)}"
             )
-        if bool((boxes[:, 2:] <= 0).any()):
+        # Looking is free on the CPU; on an accelerator every view would wait for the device.
+        if boxes.device.type == "cpu" and bool((boxes[:, 2:] <= 0).any()):
             raise ValueError(f"{name} boxes must have height and width > 0")
 
 
@@ -140,26 +141,34 @@ def _zero_filled_crop(pixels: Tensor, *, top: int, left: int, size: list[int]) -
     return canvas
 
 
-def map_scores_to_view(scores_BP: Tensor, source_box_B4: Tensor, view_box_B4: Tensor) -> Tensor:
+def map_scores_to_view(
+    scores_BP: Tensor, source_box_B4: Tensor, view_box_B4: Tensor, *, out_side: int | None = None
+) -> Tensor:
     """Scores of one crop sampled at the patch centres of another crop of the same image.
 
     Args:
         scores_BP: scores on the source (EMA) crop, [B, P], row-major square grid.
         source_box_B4: (top, left, height, width) of the source crop in pixels of the unresized image.
         view_box_B4: the same for the view.
+        out_side: patches per side of the view's grid G; None means that of the scores. A half-resolution
+            teacher's 7x7 scores land on a 14x14 grid with 14.
 
     Returns:
-        scores on the view, [B, P]; 0 for patches whose centre the source crop does not cover. The grid's
-        outer half cells repeat the border score.
+        scores on the view, [B, G * G]; 0 for patches whose centre the source crop does not cover. The
+        source grid's outer half cells repeat the border score.
 
     Raises:
-        ValueError: patches that form no square, or boxes of a wrong shape or size.
+        ValueError: patches that form no square, out_side < 1, or boxes of a wrong shape or (where they are
+            on the CPU) of no size.
 
     Source: own vectorised form of A-CLIP's mapping (arXiv 2212.08653). It interpolates once where the
         release does twice, so the kept sets differ a little from `map_scores_to_view_exact`.
     """
     _check_boxes(scores_BP, source_box_B4, view_box_B4)
-    side = grid_side(scores_BP.shape[1])
+    source_side = grid_side(scores_BP.shape[1])
+    side = source_side if out_side is None else out_side
+    if side < 1:
+        raise ValueError(f"out_side must be >= 1, got {out_side}")
     dtype = scores_BP.dtype
     centres_G = (torch.arange(side, device=scores_BP.device, dtype=dtype) + 0.5) / side
     source, view = source_box_B4.to(scores_BP.device, dtype), view_box_B4.to(scores_BP.device, dtype)
@@ -169,7 +178,7 @@ def map_scores_to_view(scores_BP: Tensor, source_box_B4: Tensor, view_box_B4: Te
         [x_BG[:, None, :].expand(-1, side, -1), y_BG[:, :, None].expand(-1, -1, side)], dim=-1
     )
     sampled = F.grid_sample(
-        scores_BP.reshape(-1, 1, side, side),
+        scores_BP.reshape(-1, 1, source_side, source_side),
         points_BGG2 * 2 - 1,
         mode="bilinear",
         padding_mode="border",

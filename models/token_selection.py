@@ -62,6 +62,32 @@ def block_scores(scores_BP: Tensor, *, block: int = 2) -> Tensor:
     return scores.view(-1, side, block, side, block).mean(dim=(2, 4)).flatten(1)
 
 
+def spread_block_scores(scores_BM: Tensor, *, num_patches: int) -> Tensor:
+    """Scores of blocks, from a teacher that sees fewer patches, as scores of a finer grid's patches.
+
+    Every patch gets the score of its block, so that ranking blocks of that size ranks the given scores:
+    `block_scores` of the result is the input, and `keep_attentive` keeps the best of the M blocks.
+
+    Args:
+        scores_BM: [B, M], row-major square grid, one score per block.
+        num_patches: of the online tower's full square grid, P.
+
+    Returns:
+        [B, P], row-major.
+
+    Raises:
+        ValueError: either count forms no square, or blocks do not divide the grid.
+
+    Source: A-CLIP-eff, arXiv 2212.08653: the half-resolution teacher's 7x7 scores are those of the 7x7
+        blocks. No code is released; that they are used as they are is our reading.
+    """
+    side, grid = grid_side(scores_BM.shape[1]), grid_side(num_patches)
+    if grid % side:
+        raise ValueError(f"a {side}x{side} score map does not divide the {grid}x{grid} patch grid")
+    map_BGG = scores_BM.view(-1, side, side)
+    return map_BGG.repeat_interleave(grid // side, 1).repeat_interleave(grid // side, 2).flatten(1)
+
+
 def _side_in_blocks(num_patches: int, block: int) -> int:
     grid = grid_side(num_patches)
     if block < 1 or grid % block:

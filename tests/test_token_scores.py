@@ -107,6 +107,40 @@ def test_fast_mapping_equals_the_loop():
     assert (mapped == 0).any()
 
 
+def test_a_coarse_map_on_a_finer_grid_equals_the_loop():
+    """Half-cell steps of a 12x12 grid are four interleaved 6x6 grids, each shifted by a quarter cell."""
+    scores = draw(4, 36).abs()
+    source, view = random_boxes(4)
+    view = view.double() - torch.tensor([40.0, 0.0, 0.0, 0.0], dtype=torch.float64)  # some leave the crop
+    expected = torch.empty(4, 12, 12, dtype=torch.float64)
+    for row in (0, 1):
+        for column in (0, 1):
+            cell = view[:, 2:] / 6
+            shift = (torch.tensor([row, column], dtype=torch.float64) / 2 - 0.25) * cell
+            shifted = torch.cat([view[:, :2] + shift, view[:, 2:]], 1)
+            for b in range(4):
+                mapped = loop_mapped(scores[b], source[b].tolist(), shifted[b].tolist())
+                expected[b, row::2, column::2] = torch.tensor(mapped, dtype=torch.float64).view(6, 6)
+    found = map_scores_to_view(scores, source, view, out_side=12)
+    torch.testing.assert_close(found, expected.flatten(1))
+    assert (found == 0).any()
+    assert not torch.allclose(found, map_scores_to_view(scores, source, view.flip(0), out_side=12))
+
+
+@pytest.mark.parametrize(("side", "out_side"), [(7, 14), (7, 7), (4, 6), (14, 7)])
+def test_equal_boxes_resize_the_map(side, out_side):
+    scores = draw(2, side * side).abs()
+    boxes = torch.tensor([[3.0, 5.0, 224.0, 200.0]]).expand(2, -1)
+    found = map_scores_to_view(scores, boxes, boxes, out_side=out_side)
+    resized = torch.nn.functional.interpolate(
+        scores.view(2, 1, side, side), size=(out_side, out_side), mode="bilinear", align_corners=False
+    )
+    torch.testing.assert_close(found, resized.flatten(1))
+    if side == out_side:
+        assert torch.equal(found, map_scores_to_view(scores, boxes, boxes))
+        torch.testing.assert_close(found, scores)
+
+
 @pytest.mark.parametrize("mapping", [map_scores_to_view, map_scores_to_view_exact])
 def test_equal_boxes_keep_the_map(mapping):
     scores = draw(2, 49).abs()
@@ -145,6 +179,7 @@ BOX = torch.tensor([[0, 0, 8, 8]])
         (lambda: grid_side(15), "square grid, got 15"),
         (lambda: map_scores_to_view(torch.ones(1, 15), BOX, BOX), "square grid, got 15"),
         (lambda: map_scores_to_view(torch.ones(2, 16), BOX, BOX), r"source boxes must be \[2, 4\]"),
+        (lambda: map_scores_to_view(torch.ones(1, 16), BOX, BOX, out_side=0), "out_side must be >= 1, got 0"),
         (lambda: map_scores_to_view_exact(torch.ones(1, 16), BOX, BOX * 0), "view boxes must have height"),
     ],
 )

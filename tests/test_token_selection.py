@@ -14,6 +14,7 @@ from models.token_selection import (
     keep_random_blocks,
     num_kept_blocks,
     num_kept_random,
+    spread_block_scores,
 )
 from tests.golden_files import assert_golden, tensors
 from tests.oracles.aclip import loop_kept
@@ -158,9 +159,41 @@ def test_expanded_blocks_are_squares():
     assert expand_blocks(torch.tensor([[0, 3]]), num_patches=16).tolist() == [[0, 1, 4, 5, 10, 11, 14, 15]]
 
 
+@pytest.mark.parametrize(("side", "grid"), [(7, 14), (4, 4), (2, 6)])
+def test_block_scores_of_spread_scores_are_the_scores(side, grid):
+    coarse = uniform(3, side * side)
+    spread = spread_block_scores(coarse, num_patches=grid * grid)
+    assert spread.shape == (3, grid * grid)
+    torch.testing.assert_close(block_scores(spread, block=grid // side), coarse, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_half_resolution_map_keeps_its_own_best_blocks(dtype):
+    coarse = uniform(5, 49).to(dtype)
+    kept = keep_attentive(spread_block_scores(coarse, num_patches=196), keep_ratio=0.5)
+    best = coarse.argsort(dim=1, descending=True, stable=True)[:, :25]
+    assert torch.equal(kept, expand_blocks(best, num_patches=196))
+    assert kept.shape[1] == 100
+    other = keep_attentive(spread_block_scores(coarse.flip(1), num_patches=196), keep_ratio=0.5)
+    assert not torch.equal(kept, other)
+
+
+def test_a_map_of_2x2_means_and_its_full_map_keep_the_same_tokens():
+    golden = tensors("aclip_att_mask_b2")
+    spread = spread_block_scores(block_scores(golden["score"]), num_patches=196)
+    for key, ratio in RATIOS:
+        assert torch.equal(keep_attentive(spread, keep_ratio=ratio), golden[f"kept_{key}"])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: spread_block_scores(torch.ones(1, 49), num_patches=144), "a 7x7 score map does not divide"),
+        (
+            lambda: spread_block_scores(torch.ones(1, 16), num_patches=4),
+            "a 4x4 score map does not divide the",
+        ),
+        (lambda: spread_block_scores(torch.ones(1, 15), num_patches=16), "square grid, got 15"),
         (lambda: keep_attentive(torch.ones(1, 16), keep_ratio=0.0), r"keep_ratio must be in \(0, 1\], got 0"),
         (lambda: keep_random(torch.ones(1, 16), keep_ratio=1.5), r"keep_ratio must be in \(0, 1\], got 1.5"),
         (lambda: keep_attentive(torch.ones(1, 15), keep_ratio=0.5), "square grid, got 15"),

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from models.crops import shrink_images
+from models.token_scores import class_attention_scores, map_scores_to_view
+from models.token_selection import keep_attentive, spread_block_scores
 from models.towers import TextTower, TowerSettings, VisionTower, build_clip, transformer_block
 
 SIDE, GRID, VOCAB_SIZE = 32, 4, 64
@@ -268,6 +270,22 @@ def test_a_half_size_image_drops_patches_of_its_own_grid():
     torch.testing.assert_close(tower(pixels, kept=everything).pooled, tower(pixels).pooled)
     assert tower(pixels, kept=everything[:, :2]).patches.shape[1] == 2
     assert not torch.allclose(tower(pixels, kept=everything[:, :2]).pooled, tower(pixels).pooled)
+
+
+def test_a_half_size_teacher_scores_the_blocks_of_the_full_grid():
+    tower, _ = towers(build())
+    boxes = torch.tensor([[0.0, 0.0, SIDE, SIDE]]).repeat(3, 1)
+    pixels = shrink_images(images(), 0.5, patch_size=TOWERS.patch_size)
+    scores = class_attention_scores(tower(pixels, with_class_attention=True).class_attention)
+    spread = spread_block_scores(map_scores_to_view(scores, boxes, boxes), num_patches=GRID * GRID)
+    kept = keep_attentive(spread, keep_ratio=0.5)
+    assert kept.shape == (3, 12)  # 3 of 4 blocks
+    dropped = [set(range(GRID * GRID)) - set(row) for row in kept.tolist()]
+    worst = scores.argmin(1)
+    for patches, block in zip(dropped, worst.tolist(), strict=True):
+        assert {patch // GRID // 2 * 2 + patch % GRID // 2 for patch in patches} == {block}
+    finer = map_scores_to_view(scores, boxes, boxes, out_side=GRID)
+    assert tower(images(), kept=keep_attentive(finer, keep_ratio=0.5)).patches.shape[1] == 12
 
 
 def test_a_causal_block_looks_back_only():
