@@ -9,7 +9,7 @@ until the last step: a loss that float32 can hold is never lost to an intermedia
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,8 +33,8 @@ _LARGEST_ALPHA_LOGIT = 60.0
 def smallest_safe_temperature(kind: str) -> float:
     """Temperature below which an estimator can leave float32 on cosines, by its `kind`; 0 when none can.
 
-    Loss and score gradients are finite down to it. The squared norm of a gradient is not below about
-    1 / 44, should a negative pair have cosine 1 there: clipping then stops that step.
+    Loss and gradients are finite down to it. Below about 1 / 40 the squared norm of the gradient is not,
+    should a negative pair have cosine 1: clipping by norm then takes nothing of that step.
     """
     return 1.0 / _LARGEST_SCORE if kind in EXP_ESTIMATORS else 0.0
 
@@ -66,7 +66,8 @@ class SigmoidPairs:
 
     SigLIP's loss when scores carry its bias. With scores shifted by -log(Z K / n) it is the binary
     noise-contrastive loss of CMC: K drawn candidates, n rows in memory, Z the normalising constant.
-    Both directions of a square table have the same value.
+    The CMC release adds 1e-7 to both denominators: a shift of -log(Z (K / n + 1e-7)) and a constant. Both
+    directions of a square table have the same value.
     Source: SigLIP, arXiv 2303.15343; CMC, arXiv 1906.05849.
     """
 
@@ -212,9 +213,10 @@ def _log_sum_of_negatives(table: PairTable) -> tuple[Tensor, Tensor]:
 
 def _against_baseline(table: PairTable, log_baseline_Q: Tensor) -> Tensor:
     """Rows of the unnormalised bounds: the joint term, the log of the marginal sum and its count, [Q, 3]."""
-    marginal, num_negatives = _log_sum_of_negatives(table)
-    joint = 1.0 + table.positive_scores - log_baseline_Q
-    return torch.stack([joint, marginal - log_baseline_Q, num_negatives], 1)
+    # Subtracted before the sum: float32 keeps five decimals of a score of 100, and of its log-sum.
+    above = replace(table, scores=table.scores - log_baseline_Q[:, None])
+    marginal, num_negatives = _log_sum_of_negatives(above)
+    return torch.stack([1.0 + above.positive_scores, marginal, num_negatives], 1)
 
 
 def _reduce_exponential(rows: Tensor, weights: Tensor | None) -> Tensor:

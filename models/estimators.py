@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.bounds import (
@@ -29,7 +28,7 @@ from models.bounds import (
 )
 from models.pair_table import PairTable
 from models.reductions import Estimator, checked, estimate, weighted_mean
-from models.relaxation import relax
+from models.relaxation import relax, slacken
 from models.score_bounds import (
     donsker_varadhan_bound,
     info_nce_bound,
@@ -69,6 +68,7 @@ __all__ = [
     "mine_bound",
     "nwj_bound",
     "relax",
+    "slacken",
     "smallest_safe_temperature",
     "smile_bound",
     "symmetric",
@@ -103,7 +103,7 @@ class InfoNCE:
         else:
             expected = (table.log_targets.exp() * table.scores).sum(1)
         rows = log_normaliser - expected
-        return (F.relu(rows - self.slack) if self.slack else rows)[:, None]
+        return (slacken(rows, self.slack) if self.slack else rows)[:, None]
 
     def reduce(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         return weighted_mean(rows[:, 0], weights)

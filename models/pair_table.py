@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ class PairTable:
             is_valid_QE: False where an extra column is no candidate for a query; None means all are.
 
         Returns:
-            [Q, C + E]; positives keep their columns, and soft targets give the extra ones nothing.
+            [Q, C + E]; positives keep their columns, and soft targets give the extra ones nothing, which
+            makes a symmetric divergence infinite.
 
         Raises:
             ValueError: another number of queries, or a mask of another shape than the scores.
@@ -97,6 +98,11 @@ class PairTable:
             log_targets = torch.cat([log_targets, torch.full_like(scores_QE, -torch.inf)], 1)
         scores = torch.cat([self.scores, scores_QE], 1)
         return replace(self, scores=scores, log_targets=log_targets, is_valid=is_valid)
+
+    def slice(self, rows: slice) -> PairTable:
+        """Some of the queries, all of the columns."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: part[rows] for name, part in parts.items() if part is not None})
 
     def quiet(self) -> PairTable:
         """The table with rows of weight 0 made harmless: no value in them is infinite or has a gradient."""

@@ -79,8 +79,9 @@ def log_mean_exp(log_sums_N: Tensor, counts_N: Tensor, weights_N: Tensor | None)
 
 def _total(weights_N: Tensor, counts_N: Tensor) -> Tensor:
     """sum(w n), 1 when no row counts."""
-    total = (weights_N * counts_N).sum()
-    return torch.where((weights_N == 0).all(), torch.ones_like(total), total)
+    is_idle_N = weights_N == 0
+    total = (weights_N * counts_N.masked_fill(is_idle_N, 0.0)).sum()
+    return total.masked_fill(is_idle_N.all(), 1.0)
 
 
 def _zero_if_idle(value: Tensor, weights_N: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Relaxation = Literal["cap", "leaky", "cap_all"]
@@ -33,7 +34,7 @@ def relax(
         ValueError: another kind, a limit or a slope out of range, a positive for another number of rows.
 
     Source: Jang et al., arXiv 2212.07050, states the aim (a relaxed loss of positive pairs); the formulas
-        are ours. The fourth form, a slack of the loss, is `InfoNCE.slack`.
+        are ours, and so is the fourth form, `slacken`.
     """
     _check(cosines_QC, positive_Q, kind=kind, limit=limit, slope=slope)
     # Not clamp: it gives half of the gradient, or all of it, to a value exactly at its limit.
@@ -44,6 +45,24 @@ def relax(
     if kind == "leaky":
         return torch.where(is_above_QC, limit + slope * (cosines_QC - limit), cosines_QC)
     return cosines_QC.masked_fill(is_above_QC, limit)
+
+
+def slacken(losses_Q: Tensor, slack: float) -> Tensor:
+    """relu(loss - slack): what a query or a pair may lose for nothing, with no gradient below it.
+
+    On the rows of one direction it is `InfoNCE.slack`. On the mean of a pair's rows in both directions, the
+    form of the stored values, one direction may make up for the other.
+
+    Args:
+        losses_Q: in nats, of queries or pairs, [Q].
+        slack: in nats, >= 0.
+
+    Raises:
+        ValueError: slack < 0.
+    """
+    if not slack >= 0:
+        raise ValueError(f"slack must be >= 0, got {slack}")
+    return F.relu(losses_Q - slack)
 
 
 def _check(cosines_QC: Tensor, positive_Q: Tensor, *, kind: str, limit: float, slope: float) -> None:

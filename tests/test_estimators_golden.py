@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.estimators import (
+    DonskerVaradhan,
     InfoLOOB,
     InfoNCE,
     donsker_varadhan,
@@ -17,8 +18,7 @@ from models.estimators import (
     symmetric,
 )
 from models.pair_table import PairTable
-from models.recipe import RegionPool
-from models.similarities import pool_regions
+from models.region_pooling import pool_max
 from tests.golden_files import GOLDEN, assert_golden, leaf, tensors
 
 CLIP_CASES = sorted(path.stem for path in GOLDEN.glob("clip_*.npz"))
@@ -140,7 +140,7 @@ def test_region_maximum_equals_the_derived_local_values(key, objective):
     patches, sentences = leaf(golden["V"]), leaf(golden["U"])
     scores = region_scores(golden, patches, sentences)
     assert_golden(scores, golden["S"].transpose(1, 2))
-    table = pool_regions(scores, RegionPool(kind="max"))
+    table = pool_max(scores)
     assert_golden(table, golden["score_max"])
     found = objective(table)
     assert_golden(found, golden[key])
@@ -176,6 +176,70 @@ def test_info_nce_with_excluded_candidates_equals_deep_infomax():
     found = loss(InfoNCE(), PairTable(rows, positive, is_valid=of_other_image))
     assert_golden(found, golden["nce_exact_mask"])
     assert abs(loss(InfoNCE(), PairTable(rows, positive)) - golden["nce_exact_mask"]) > 0.01
+
+
+@pytest.mark.parametrize("with_same_modality", [False, True])
+def test_direction_weights_and_same_modality_columns_equal_lovt(with_same_modality):
+    """Its global loss; without same-modality negatives it is also that of a public ConVIRT port."""
+    golden = tensors("lovt_official_global")
+    key = "same" if with_same_modality else "cross"
+    a, b = leaf(golden["za"]), leaf(golden["zb"])
+
+    def direction(queries: Tensor, candidates: Tensor) -> Tensor:
+        table = PairTable.square(similarities(queries, candidates) / golden["tau"])
+        if with_same_modality:
+            table = table.with_columns(similarities(queries, queries) / golden["tau"], ~table.is_positive)
+        return loss(InfoNCE(), table)
+
+    a_to_b, b_to_a = direction(a, b), direction(b, a)
+    assert_golden(a_to_b, golden[f"{key}_a2b"])
+    assert_golden(b_to_a, golden[f"{key}_b2a"])
+    found = golden["w_a2b"] * a_to_b + (1 - golden["w_a2b"]) * b_to_a
+    assert_golden(found, golden[f"{key}_loss"])
+    if not with_same_modality:
+        assert_golden(found, golden["convirt_pytorch_loss"])
+    found.backward()
+    assert_golden(a.grad, golden[f"{key}_grad_a"])
+    assert_golden(b.grad, golden[f"{key}_grad_b"])
+    assert abs(0.5 * (a_to_b + b_to_a) - golden[f"{key}_loss"]) > 0.1
+
+
+def study_table(golden: dict[str, Tensor], image: Tensor, text: Tensor) -> PairTable:
+    """The stored critic on every pair; pairs of one study are no candidates."""
+    layers = [(golden[f"w_{n}_weight"], golden[f"w_{n}_bias"]) for n in (0, 2, 4)]
+
+    def critic(pair: Tensor) -> Tensor:
+        for weight, bias in layers[:-1]:
+            pair = F.relu(weight @ pair + bias)
+        weight, bias = layers[-1]
+        return (weight @ pair + bias)[0]
+
+    rows = [torch.stack([critic(torch.cat([v, u])) for u in text]) for v in image]
+    study = golden["study_id"]
+    return PairTable(torch.stack(rows), torch.arange(len(study)), is_valid=study[:, None] != study[None, :])
+
+
+@pytest.mark.parametrize("key", ["dv", "infonce"])
+def test_study_masked_bounds_equal_the_local_mutual_information_release(key):
+    """The release's "infonce" is its dv without the log of the count, so the gradients are the same."""
+    golden = tensors("localmi_official_global")
+    image, text = leaf(golden["img"]), leaf(golden["txt"])
+    table = study_table(golden, image, text)
+    assert table.is_negative.sum() == golden["num_neg"]
+    scores = [table.scores[i, i] for i in range(6)]
+    scores += [
+        table.scores[i, (i + g) % 6] for g in range(1, 6) for i in range(6) if table.is_valid[i, (i + g) % 6]
+    ]
+    assert_golden(torch.stack(scores), golden["logits"][:, 0])
+    found = loss(DonskerVaradhan(), table)
+    constant = golden["num_neg"].log() if key == "infonce" else 0.0
+    # the release takes the log of the count in float32
+    assert_golden(found + constant, golden[f"{key}_loss"], atol=2e-7)
+    found.backward()
+    assert_golden(image.grad, golden[f"grad_img_{key}"])
+    assert_golden(text.grad, golden[f"grad_txt_{key}"])
+    every_study = loss(DonskerVaradhan(), PairTable.square(table.scores))
+    assert abs(every_study + constant - golden[f"{key}_loss"]) > 1e-3
 
 
 def test_orthonormal_pairs_have_the_closed_value():
