@@ -6,6 +6,9 @@ the small row values are gathered between the two, and neither asks how many wor
 
 Objectives are unscaled means over queries, so weights are comparable across methods; factors to the
 authors' losses are stated where they differ.
+
+Losses of a softmax over candidates are here; those that weigh pairs against pairs are in `bounds`, the
+bounds of a score table to maximise in `score_bounds` (names end in `_bound`). All can be imported from here.
 """
 
 from __future__ import annotations
