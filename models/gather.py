@@ -58,6 +58,8 @@ class ProcessGroupGather:
     def __call__(self, local: Tensor) -> Tensor:
         if self.world == 1:
             return local
+        if local.dtype == torch.bool:  # gloo gathers no truth values
+            return self(local.to(torch.uint8)).bool()
         gathered: Tensor = _AllGather.apply(local.contiguous(), self.group)  # type: ignore[no-untyped-call]
         return gathered
 

@@ -124,8 +124,15 @@ class TableRecipe:
                 "sentence_pool.kind=none"
             )
         if self.candidates.modality == "both" and (self.is_local or self.score.kind != "cosine"):
+            raise ValueError("candidates.modality=both compares whole features; set region_pool.kind=global")
+        if self.transform.relaxes and self.region_pool.kind == "noisy_or":
             raise ValueError(
-                "candidates.modality=both compares whole features; set region_pool.kind=global"
+                f"transform.kind={self.transform.kind} limits cosines, and region_pool.kind=noisy_or has none"
+            )
+        if self.candidates.kind == "prototypes" and self.temperature.policy != "fixed":
+            raise ValueError(
+                "candidates.kind=prototypes scales each prototype by its own concentration, whose mean is "
+                f"temperature.init; set temperature.policy=fixed, got {self.temperature.policy}"
             )
         if self.score.kind == "concat" and (
             self.transform.kind != "none"
@@ -147,6 +154,11 @@ class TableRecipe:
                 "relation_kl"
             )
         safe = smallest_safe_temperature(kind)
+        if safe > 0 and (self.region_pool.kind == "noisy_or" or self.sentence_pool.kind == "sum"):
+            raise ValueError(
+                f"estimator.kind={kind} takes exp(score), which a sum over patches or sentences leaves float32 "
+                "with; choose another region_pool.kind or sentence_pool.kind"
+            )
         if self.score.kind == "cosine" and self.temperature.smallest < safe:
             raise ValueError(
                 f"estimator.kind={kind} takes exp(similarity / temperature), which leaves float32 below a "
@@ -204,7 +216,9 @@ class MethodRecipe(TableRecipe):
     def _check_table(self, name: str, table: TableRecipe) -> None:
         features = self.features
         if table.between == "image_views" and features.num_views < 2:
-            raise ValueError(f"table '{name}' compares two views, got features.num_views={features.num_views}")
+            raise ValueError(
+                f"table '{name}' compares two views, got features.num_views={features.num_views}"
+            )
         if table.between in ("texts", "image_text2", "sentences") and features.num_texts < 2:
             raise ValueError(
                 f"table '{name}' needs several texts of a pair, got features.num_texts={features.num_texts}"

@@ -1,13 +1,19 @@
-"""Penalties on the embeddings themselves: TIER's token entropies, uniformity."""
+"""Penalties on the embeddings themselves: token entropies, spread, alignment of two distributions."""
 
 import math
 from dataclasses import dataclass, fields
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# B pairs, T words, P patches, D width
+from models.keyed_noise import Draw, keyed_uniform
+from models.outputs import at_least_float32
+
+_SPREAD: Final = 0x9E3779B97F4A7C15 - (1 << 64)
+
+# B pairs, N pairs of all workers, T words, P patches, D width, L directions
 
 
 def matched_similarities(words_BTD: Tensor, patches_BPD: Tensor) -> Tensor:
@@ -184,3 +190,78 @@ def uniformity(embeds_BD: Tensor, *, scale: float = 2.0) -> Tensor:
         raise ValueError(f"scale must be > 0, got {scale}")
     squared = torch.pdist(embeds_BD).square()
     return torch.logsumexp(-scale * squared, dim=0) - math.log(squared.numel())
+
+
+def projection_directions(
+    seed: int | Tensor, *, step: int, num_directions: int, width: int, device: torch.device | None = None
+) -> Tensor:
+    """Random unit vectors for `sliced_wasserstein`, float32 [L, D]: the same on every worker.
+
+    Args:
+        seed: a number, or an int64 scalar on the device, such as a sum of the global batch's keys.
+        step: directions are new at each.
+        num_directions: L, >= 1.
+        width: D, >= 1.
+        device: where a number's directions are made.
+
+    Raises:
+        ValueError: fewer than 1 direction, or width < 1.
+    """
+    if min(num_directions, width) < 1:
+        raise ValueError(f"num_directions and width must be >= 1, got {num_directions} and {width}")
+    # the odd factor spreads the seeds over all 64 bits; the product wraps on purpose
+    key = torch.as_tensor(seed, dtype=torch.int64, device=device) * _SPREAD + step
+    uniform = keyed_uniform(key.view(1), Draw.DIRECTIONS, 2 * num_directions * width)
+    radius_LD, angle_LD = uniform.view(2, num_directions, width)
+    # Box and Muller's normal draws, whose direction is uniform on the sphere. 1 - u lies in (0, 1].
+    normal_LD = (-2 * (1 - radius_LD).log()).sqrt() * (2 * math.pi * angle_LD).cos()
+    return F.normalize(normal_LD, dim=1)
+
+
+def sliced_wasserstein(a_ND: Tensor, b_ND: Tensor, directions_LD: Tensor) -> Tensor:
+    """Mean squared difference of sorted projections of two batches: how far their distributions lie apart.
+
+    Args:
+        a_ND: one modality's embeddings, [N, D], of the whole batch: gather them, since the order of a
+            share of the rows is not that of the whole.
+        b_ND: the other's; which row belongs to which does not matter.
+        directions_LD: unit rows, [L, D] (`projection_directions`); 50 to 200 are usual.
+
+    Returns:
+        Scalar >= 0, in squared units of the embeddings; its expectation over directions is the squared
+        sliced 2-Wasserstein distance. 0 when the batches hold the same rows in any order.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: sliced Wasserstein alignment of views in CoCoNet, arXiv 2209.07811; plain linear slices, not
+        its generalised ones.
+    """
+    if a_ND.shape != b_ND.shape or directions_LD.shape[1:] != a_ND.shape[1:]:
+        raise ValueError(
+            f"batches must be [N, D] alike and directions [L, D], got {list(a_ND.shape)}, "
+            f"{list(b_ND.shape)} and {list(directions_LD.shape)}"
+        )
+    a, b = at_least_float32(a_ND), at_least_float32(b_ND)
+    directions = directions_LD.to(a.dtype)
+    sorted_a, sorted_b = ((x @ directions.T).sort(dim=0, stable=True).values for x in (a, b))
+    return (sorted_a - sorted_b).square().mean()
+
+
+def disagreement(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    """Mean squared cosine of two representations of the same rows, scalar in [0, 1].
+
+    Minimised, it keeps them from telling the same; 0 when every row's two vectors are orthogonal. A mean
+    over rows: equal shares of several workers average exactly.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: disagreement term of MVMI-FT, arXiv 2105.06715.
+    """
+    if a_ND.shape != b_ND.shape:
+        raise ValueError(
+            f"representations must be [N, D] alike, got {list(a_ND.shape)} and {list(b_ND.shape)}"
+        )
+    a, b = (F.normalize(at_least_float32(x), dim=1) for x in (a_ND, b_ND))
+    return (a * b).sum(1).square().mean()

@@ -1,176 +1,171 @@
-"""From features to pair tables: instance score, region pool, transform, candidates, targets.
+"""From features to similarities: which two sides a table compares, and how patches and texts pool.
 
-B local pairs, N pairs of all workers, V views, P patches, D joint width. Local pairs are queries,
-everybody's pairs are candidates; the two directions of a table are two tables.
+B local pairs, N pairs of all workers, M texts of a pair, P patches, D joint width. Local pairs are
+queries, everybody's pairs are candidates.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.gather import Gather, own_columns
-from models.guidance import hashed_words, mean_unit_tokens
-from models.outputs import PairBatch, PairOutputs
-from models.pair_table import PairTable
-from models.recipe import RegionPool, TableRecipe, Targets
+from models.attended_pooling import attention_pool, global_mean_pool, gloria_scores, non_local_pool
+from models.chunks import rows_in_chunks
+from models.features import PairFeatures
+from models.recipe import TableRecipe
+from models.region_pooling import noisy_or, pool_lse, pool_max, pool_mean, select_regions
 from models.retrieval import effective_patterns, hopfield_retrieval
-from models.targets import bisect_temperature, soft_targets
-
-# The mean off-diagonal mass over this many rows of the global batch sets the targets' temperature; a
-# float32 mean resolves no more than these halvings.
-_TEMPERATURE_ROWS = 512
-_TEMPERATURE_HALVINGS = 24
-
-IMAGE_TO_TEXT = "image_to_text"
-TEXT_TO_IMAGE = "text_to_image"
+from models.sentence_pooling import pool_sentences
+from models.table_slots import RegionPool
+from models.table_state import TableState
 
 
 @dataclass(frozen=True)
-class PairFeatures:
-    """One view's local features and everybody's, gathered once for all tables.
+class Sides:
+    """The two features of a table.
 
     Attributes:
-        image, text: unit, [B, D]. patches: unit, [B, P, D].
-        all_image, all_text: the same of all workers in rank order, [N, D].
+        first, second: local, unit, [B, D].
+        all_first, all_second: of all workers, [N, D].
+        is_pair: False at pairs that lack a side, [B] and [N]; None when all have both.
     """
 
-    image: Tensor
-    text: Tensor
-    patches: Tensor
-    all_image: Tensor
-    all_text: Tensor
+    first: Tensor
+    second: Tensor
+    all_first: Tensor
+    all_second: Tensor
+    is_pair: Tensor | None = None
+    all_is_pair: Tensor | None = None
 
 
-def gather_features(outputs: PairOutputs, gather: Gather) -> list[PairFeatures]:
-    """Features of every view; embeddings cross workers here and nowhere else."""
-    all_text = gather(outputs.text_embeds)
-    return [
-        PairFeatures(
-            image=image,
-            text=outputs.text_embeds,
-            patches=F.normalize(tokens, dim=2),
-            all_image=gather(image),
-            all_text=all_text,
+def sides_of(recipe: TableRecipe, features: PairFeatures, view: int) -> Sides:
+    """Whole features of a table's two sides."""
+    if recipe.between == "image_views":
+        return Sides(features.image(0), features.image(1), features.all_images(0), features.all_images(1))
+    if recipe.between == "image_regions":
+        image, all_images = features.image(view), features.all_images(view)
+        return Sides(image, image, all_images, all_images)
+    if recipe.between == "image_text":
+        return Sides(features.image(view), features.report, features.all_images(view), features.all_reports())
+    second, all_second = features.text(1), features.all_texts(1)
+    is_pair, all_is_pair = features.outputs.is_text[1], features.all_is_text()[:, 1]
+    if recipe.between == "texts":
+        return Sides(features.text(0), second, features.all_texts(0), all_second, is_pair, all_is_pair)
+    return Sides(features.image(view), second, features.all_images(view), all_second, is_pair, all_is_pair)
+
+
+def hopfield_sides(
+    beta: float, sides: Sides, features: PairFeatures, *, rows_per_chunk: int | None
+) -> tuple[Sides, Sides]:
+    """CLOOB's four retrievals: each direction takes anchors and keys from its own memory.
+
+    Returns:
+        Sides of the first-to-second and of the second-to-first direction; only what a direction compares
+        (its queries, the other side's keys) is retrieved.
+    """
+
+    def retrieved(state: Tensor, stored: Tensor) -> Tensor:
+        return rows_in_chunks(
+            lambda rows: hopfield_retrieval(state[rows], stored, beta=beta), len(state), rows_per_chunk
         )
-        for image, tokens in zip(outputs.image_embeds, outputs.image_tokens, strict=True)
-    ]
+
+    gather = features.gather
+    first_from_first = retrieved(sides.first, sides.all_first)
+    second_from_first = retrieved(sides.second, sides.all_first)
+    second_from_second = retrieved(sides.second, sides.all_second)
+    first_from_second = retrieved(sides.first, sides.all_second)
+    forward = Sides(first_from_first, second_from_first, sides.all_first, gather(second_from_first))
+    backward = Sides(first_from_second, second_from_second, gather(first_from_second), sides.all_second)
+    return forward, backward
 
 
-def pair_tables(
+def pooled_scores(
     recipe: TableRecipe,
+    state: TableState,
     features: PairFeatures,
-    batch: PairBatch,
     *,
-    gather: Gather,
-    inverse_temperature: Tensor,
-) -> dict[str, PairTable]:
-    """The tables of the directions whose weight is not 0."""
-    similarities = _similarities(recipe, features, gather)
-    positive = own_columns(gather, len(features.text), features.text.device)
-    is_valid = _valid_candidates(recipe.candidates.exclude, batch, positive, gather)
-    return {
-        direction: PairTable(
-            scores=similarity_BN * inverse_temperature,
-            positive=positive,
-            log_targets=_log_targets(recipe.targets, direction, features, batch, positive, is_valid, gather),
-            is_valid=is_valid,
+    view: int,
+    scale: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Scaled score of every local image with every pair's text side, [B, N].
+
+    Args:
+        scale: from similarity to score; pools of scores take it after pooling, except noisy-or.
+    """
+    if recipe.region_pool.kind == "words":
+        words, is_word = features.all_words()
+        return scale(
+            gloria_scores(
+                features.outputs.image_tokens[view],
+                words,
+                is_word,
+                word_sharpness=recipe.region_pool.sharpness,
+            )
         )
-        for direction, similarity_BN in similarities.items()
-        if getattr(recipe.directions, direction) != 0
-    }
+    if recipe.sentence_pool.kind == "none":
+        texts = features.all_images(view) if recipe.between == "image_regions" else features.all_reports()
+        return _pool_images(recipe, state, features, texts, view=view, scale=scale)
+    sentences_NMD, is_sentence_NM = features.all_sentences(), features.all_is_text()
+    per_sentence = _pool_images(recipe, state, features, sentences_NMD.flatten(0, 1), view=view, scale=scale)
+    per_sentence_BNM = per_sentence.view(len(per_sentence), *is_sentence_NM.shape)
+    pool = recipe.sentence_pool
+    return pool_sentences(per_sentence_BNM, is_sentence_NM, kind=pool.kind, sharpness=pool.sharpness)
 
 
-def _similarities(recipe: TableRecipe, features: PairFeatures, gather: Gather) -> dict[str, Tensor]:
-    if recipe.region_pool.kind != "global":
-        pooled_BN = pool_regions(
-            torch.einsum("bpd,nd->bpn", features.patches, features.all_text), recipe.region_pool
-        )
-        # A text needs its score with everybody's images, whose patches stay where they are: the pooled
-        # scores are gathered instead, N floats per pair.
-        own = own_columns(gather, len(pooled_BN), pooled_BN.device)
-        return {IMAGE_TO_TEXT: pooled_BN, TEXT_TO_IMAGE: gather(pooled_BN)[:, own].T}
-    if recipe.transform.kind == "hopfield":
-        return _hopfield_similarities(recipe.transform.beta, features, gather)
-    return {
-        IMAGE_TO_TEXT: features.image @ features.all_text.T,
-        TEXT_TO_IMAGE: features.text @ features.all_image.T,
-    }
-
-
-def _hopfield_similarities(beta: float, features: PairFeatures, gather: Gather) -> dict[str, Tensor]:
-    """CLOOB's four retrievals: each direction takes anchors and keys from its own memory."""
-    image_from_images = hopfield_retrieval(features.image, features.all_image, beta=beta)
-    text_from_images = hopfield_retrieval(features.text, features.all_image, beta=beta)
-    text_from_texts = hopfield_retrieval(features.text, features.all_text, beta=beta)
-    image_from_texts = hopfield_retrieval(features.image, features.all_text, beta=beta)
-    return {
-        IMAGE_TO_TEXT: image_from_images @ gather(text_from_images).T,
-        TEXT_TO_IMAGE: text_from_texts @ gather(image_from_texts).T,
-    }
-
-
-def pool_regions(similarity_BPN: Tensor, pool: RegionPool) -> Tensor:
-    """Patch-text similarities [B, P, N] -> image-text similarities [B, N]."""
-    if pool.kind == "max":
-        return similarity_BPN.amax(1)
-    if pool.kind == "mean":
-        return similarity_BPN.mean(1)
-    if pool.kind == "lse":
-        log_patches = math.log(similarity_BPN.shape[1])
-        return ((pool.sharpness * similarity_BPN).logsumexp(1) - log_patches) / pool.sharpness
-    raise ValueError(f"region_pool.kind={pool.kind} pools no regions")
-
-
-def _valid_candidates(exclude: str, batch: PairBatch, positive: Tensor, gather: Gather) -> Tensor | None:
-    if exclude == "nothing":
-        return None
-    keys = batch.group_keys if exclude == "same_group" else batch.text_keys
-    differs = keys[:, None] != gather(keys)[None, :]
-    return differs.scatter(1, positive[:, None], True)
-
-
-def _log_targets(
-    targets: Targets,
-    direction: str,
+def _pool_images(
+    recipe: TableRecipe,
+    state: TableState,
     features: PairFeatures,
-    batch: PairBatch,
-    positive: Tensor,
-    is_valid: Tensor | None,
-    gather: Gather,
-) -> Tensor | None:
-    if targets.kind == "identity":
-        return None
-    # Targets say what the table should be; no gradient may move them towards what it is.
-    with torch.no_grad():
-        local = _guidance(targets, direction, features, batch)
-        everyone = gather(local)
-        # Everybody sets the temperature on the same gathered rows, so all workers agree on it.
-        probe = everyone[:_TEMPERATURE_ROWS]
-        temperature = bisect_temperature(
-            probe @ everyone.T,
-            torch.arange(len(probe), device=probe.device),
-            mass=targets.off_diagonal_mass,
-            num_halvings=_TEMPERATURE_HALVINGS,
-        )
-        return soft_targets(
-            local @ everyone.T, positive, temperature=temperature, mixing=targets.mixing, is_valid=is_valid
-        )
+    texts: Tensor,
+    *,
+    view: int,
+    scale: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Scaled score of every local image with every text [K, D], [B, K]."""
+    pool = recipe.region_pool
+    if pool.kind == "global":
+        image = features.image(view)
+        return scale(state.critic.scores(image, texts) if recipe.score.kind == "concat" else image @ texts.T)
+    # Pools of vectors mix them with their lengths; pools of scores take cosines.
+    tokens = features.outputs.image_tokens[view]
+    if pool.kind == "mean_region":
+        return scale(global_mean_pool(tokens, texts))
+    if pool.kind == "attention":
+        return scale(attention_pool(tokens, texts, temperature=pool.temperature))
+    if pool.kind == "non_local":
+        return scale(non_local_pool(tokens, texts, state.non_local))
+    if recipe.score.kind == "concat" and pool.kind == "max":
+        return scale(state.critic.max_scores(features.patches(view), texts))
+    similarity_BPK = region_similarities(recipe, state, features, texts, view=view)
+    if pool.kind == "noisy_or":
+        return noisy_or(scale(similarity_BPK))
+    if pool.kind in ("select", "pmi"):
+        return scale(select_regions(similarity_BPK, features.own, rule=pool.kind))
+    return scale(pool_region_scores(similarity_BPK, pool))
 
 
-def _guidance(targets: Targets, direction: str, features: PairFeatures, batch: PairBatch) -> Tensor:
-    """Unit rows whose self-similarity softens the targets of a direction, [B, G]."""
-    if direction == IMAGE_TO_TEXT:
-        if targets.image_guidance == "patches":
-            return mean_unit_tokens(features.patches)
-        return features.image
-    if targets.text_guidance == "words":
-        return hashed_words(batch.token_ids, batch.is_real_token).to(features.text.dtype)
-    return features.text
+def region_similarities(
+    recipe: TableRecipe, state: TableState, features: PairFeatures, texts: Tensor, *, view: int
+) -> Tensor:
+    """Similarity of every local patch with every text [K, D], [B, P, K]."""
+    patches = features.patches(view)
+    if recipe.score.kind == "concat":
+        return state.critic.region_scores(patches, texts)
+    return torch.einsum("bpd,kd->bpk", patches, texts)
+
+
+def pool_region_scores(similarity_BPN: Tensor, pool: RegionPool) -> Tensor:
+    """Patch-text similarities [B, P, N] -> image-text similarities [B, N], for pools of scores."""
+    if pool.kind == "max":
+        return pool_max(similarity_BPN)
+    if pool.kind == "mean":
+        return pool_mean(similarity_BPN)
+    if pool.kind == "lse":
+        return pool_lse(similarity_BPN, pool.sharpness)
+    raise ValueError(f"region_pool.kind={pool.kind} pools no scores of patches")
 
 
 def retrieval_diagnostics(recipe: TableRecipe, features: PairFeatures) -> dict[str, Tensor]:
@@ -178,8 +173,8 @@ def retrieval_diagnostics(recipe: TableRecipe, features: PairFeatures) -> dict[s
     if recipe.transform.kind != "hopfield":
         return {}
     with torch.no_grad():
-        beta = recipe.transform.beta
+        beta, sides = recipe.transform.beta, sides_of(recipe, features, 0)
         return {
-            "retrieved_images": effective_patterns(features.image, features.all_image, beta=beta),
-            "retrieved_texts": effective_patterns(features.text, features.all_text, beta=beta),
+            "retrieved_images": effective_patterns(sides.first, sides.all_first, beta=beta),
+            "retrieved_texts": effective_patterns(sides.second, sides.all_second, beta=beta),
         }

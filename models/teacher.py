@@ -1,43 +1,57 @@
-"""The EMA teacher of a training run: it scores patches and gives BYOL its targets."""
+"""The EMA teacher of a training run: it scores patches, gives heads their targets and fills queues."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from models.crops import crop_images
+from models.crops import crop_images, shrink_images
 from models.ema import make_teacher, update_teacher_
 from models.outputs import PairBatch, TeacherOutputs
-from models.recipe import TokenSelection
+from models.pair_model import PairModel
+from models.recipe import MethodRecipe
 from models.schedules import ema_decay
 from models.token_scores import class_attention_scores, map_scores_to_view
 from models.token_selection import (
     keep_attentive,
     keep_least_attentive,
     keep_mixed,
+    keep_random,
     keep_random_blocks,
 )
 from models.towers import VisionTower
+from models.training_slots import TokenSelection
 
 # The paper's blocks are 2x2 patches of a 14x14 grid; on a 4x4 grid that would leave 4 blocks to choose from.
 _SMALLEST_GRID_WITH_BLOCKS = 14
 
 
 class EmaTeacher(nn.Module):
-    """A slow float32 copy of the vision tower and, with BYOL, of its projector."""
+    """A slow float32 copy of the vision tower, or of the whole encoder, and of BYOL's projector."""
 
-    def __init__(self, vision: VisionTower, projector: nn.Module | None, *, decay: float) -> None:
+    def __init__(self, model: PairModel) -> None:
         super().__init__()
-        self.vision = make_teacher(vision)
+        self.recipe: MethodRecipe = model.recipe
+        whole = self.recipe.needs_joint_teacher
+        self.encoder = make_teacher(model.encoder) if whole else None
+        self.own_vision = None if whole else make_teacher(model.encoder.vision)
+        projector = model.objective.heads.byol_projector
         self.projector = None if projector is None else make_teacher(projector)
-        self.decay = decay
 
-    def follow(
-        self, vision: VisionTower, projector: nn.Module | None, *, step: int, total_steps: int
-    ) -> None:
+    @property
+    def vision(self) -> VisionTower:
+        found = self.own_vision if self.encoder is None else self.encoder.vision
+        assert found is not None
+        return found
+
+    def follow(self, model: PairModel, *, step: int, total_steps: int) -> None:
         """Move towards the online weights, with the decay of `step`."""
-        decay = ema_decay(step, total_steps, self.decay)
-        update_teacher_(self.vision, vision, decay)
+        decay = ema_decay(step, total_steps, self.recipe.teacher.decay)
+        if self.encoder is not None:
+            update_teacher_(self.encoder, model.encoder, decay)
+        else:
+            update_teacher_(self.vision, model.encoder.vision, decay)
+        projector = model.objective.heads.byol_projector
         if self.projector is not None and projector is not None:
             update_teacher_(self.projector, projector, decay)
 
@@ -45,11 +59,33 @@ class EmaTeacher(nn.Module):
     def forward(self, batch: PairBatch) -> TeacherOutputs:
         """Score the teacher's crop once and carry the scores over to every view."""
         crops = crop_images(batch.images, batch.teacher_boxes)
-        tokens = self.vision(crops, with_class_attention=True)
+        tokens = self.vision(self.shrunk(crops), with_class_attention=True)
         scores = class_attention_scores(tokens.class_attention)
-        per_view = [map_scores_to_view(scores, batch.teacher_boxes, boxes) for boxes in batch.view_boxes]
+        grid = self.vision.grid
+        per_view = [
+            map_scores_to_view(scores, batch.teacher_boxes, boxes, out_side=grid)
+            for boxes in batch.view_boxes
+        ]
         target = tokens.pooled if self.projector is None else self.projector(tokens.pooled)
-        return TeacherOutputs(torch.stack(per_view), target)
+        patches = images = texts = None
+        if self.recipe.heads.masked_distillation.weight:
+            patches = self.vision(crop_images(batch.images, batch.view_boxes[0])).patches
+        if self.encoder is not None:
+            images = self.encoder.embed_images(crops)[0]
+            texts = self.encoder.embed_texts(batch.token_ids[0], batch.is_real_token[0])[0]
+            texts = self.encoder.embed_reports(texts[None], batch.is_text[:1])[0]
+        return TeacherOutputs(
+            token_scores=torch.stack(per_view),
+            features=target,
+            patches=patches,
+            image_embeds=images,
+            text_embeds=texts,
+        )
+
+    def shrunk(self, images: Tensor) -> Tensor:
+        """Images at the size this teacher scores."""
+        patch_size = int(self.vision.vision.config.patch_size)
+        return shrink_images(images, self.recipe.teacher.image_scale, patch_size=patch_size)
 
 
 def block_size(selection: TokenSelection, grid: int) -> int:
@@ -71,6 +107,8 @@ def select_tokens(
     if selection.kind == "none":
         return None
     ratio, block = selection.keep_ratio, block_size(selection, grid)
+    if selection.kind == "tokens":
+        return keep_random(noise, keep_ratio=ratio)
     if selection.kind == "random" or scores is None:
         return keep_random_blocks(noise, keep_ratio=ratio, block=block)
     if selection.kind == "attentive":

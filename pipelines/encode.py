@@ -9,7 +9,8 @@ from torch import Tensor
 
 from models.pair_model import PairModel
 from models.teacher import EmaTeacher, select_tokens
-from models.token_scores import class_attention_scores
+from models.token_scores import class_attention_scores, map_scores_to_view
+from models.towers import VisionTower
 from pipelines.evaluation.encoder import ImageEncodings
 from pipelines.keyed_random import Purpose, keyed_uniform
 from pipelines.tokenizer import TextTokenizer
@@ -42,9 +43,9 @@ class ModelEncoder:
         pixels = self._pixels(images)
         self._model.eval()
         if self._applies_keep_rule:
-            embeds, _, _ = self._model.encode_images(pixels, kept=self.kept(pixels))
+            embeds = self._model.encoder.embed_images(pixels, kept=self.kept(pixels))[0]
             return ImageEncodings(image_embeds=embeds.cpu().numpy(), patch_embeds=None)
-        embeds, patches, _ = self._model.encode_images(pixels)
+        embeds, patches = self._model.encoder.embed_images(pixels)[:2]
         unit_patches = torch.nn.functional.normalize(patches.float(), dim=2)
         return ImageEncodings(image_embeds=embeds.cpu().numpy(), patch_embeds=unit_patches.cpu().numpy())
 
@@ -57,9 +58,12 @@ class ModelEncoder:
             ids, is_real = self._tokenizer.pad(
                 self._tokenizer.encode(texts[start : start + _TEXTS_PER_BATCH])
             )
-            embeds, _ = self._model.encode_texts(
-                torch.as_tensor(ids, device=self._device), torch.as_tensor(is_real, device=self._device)
+            is_real_token = torch.as_tensor(is_real, device=self._device)
+            embeds, _ = self._model.encoder.embed_texts(
+                torch.as_tensor(ids, device=self._device), is_real_token
             )
+            # A prompt is a report of one text.
+            embeds, _ = self._model.encoder.embed_reports(embeds[None], is_real_token[None, :, 0])
             parts.append(embeds.cpu().numpy())
         return np.concatenate(parts)
 
@@ -72,7 +76,7 @@ class ModelEncoder:
     def kept(self, pixels: Tensor) -> Tensor | None:
         """Patches the method's rule keeps, [B, K]; None keeps all."""
         selection = self._model.recipe.selection
-        grid = self._model.vision.grid
+        grid = self._model.encoder.vision.grid
         # Evaluation draws are keyed by position: the same images in the same order give the same masks.
         noise = keyed_uniform(
             np.arange(len(pixels)), seed=0, epoch=0, purpose=Purpose.SELECTION, count=grid * grid
@@ -87,7 +91,7 @@ class ModelEncoder:
     def kept_mask(self, images: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """True at patches the method's rule keeps, [B, P]."""
         kept = self.kept(self._pixels(images))
-        grid = self._model.vision.grid
+        grid = self._model.encoder.vision.grid
         mask = np.zeros((len(images), grid * grid), bool)
         if kept is None:
             return ~mask
@@ -95,8 +99,18 @@ class ModelEncoder:
         return mask
 
     def _scores(self, pixels: Tensor) -> Tensor:
-        vision = self._model.vision if self._teacher is None else self._teacher.vision
-        return class_attention_scores(vision(pixels, with_class_attention=True).class_attention)
+        if self._teacher is None:
+            return _class_attention(self._model.encoder.vision, pixels)
+        scores = _class_attention(self._teacher.vision, self._teacher.shrunk(pixels))
+        if scores.shape[1] == self._model.encoder.vision.grid**2:
+            return scores
+        # The whole image, seen at the teacher's resolution and wanted at the model's.
+        whole = torch.tensor([0.0, 0.0, *pixels.shape[2:]], device=self._device).repeat(len(pixels), 1)
+        return map_scores_to_view(scores, whole, whole, out_side=self._model.encoder.vision.grid)
 
     def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
         return torch.as_tensor(images, device=self._device).permute(0, 3, 1, 2).float()
+
+
+def _class_attention(vision: VisionTower, pixels: Tensor) -> Tensor:
+    return class_attention_scores(vision(pixels, with_class_attention=True).class_attention)

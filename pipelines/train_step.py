@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.gather import Gather, ProcessGroupGather, SingleProcess
+from models.objective import LossReport
 from models.outputs import PairBatch, TeacherOutputs
-from models.pair_model import LossReport, PairModel
+from models.pair_model import PairModel
 from models.recipe import MethodRecipe
 from models.schedules import cosine_with_warmup
 from models.teacher import EmaTeacher, select_tokens
@@ -70,12 +71,14 @@ class Trainer:
         train: TrainConfig,
         *,
         seed: int,
+        num_rows: int,
         gather: Gather | None = None,
         device: torch.device | None = None,
     ) -> None:
         """Build everything from a seed; every worker builds the same weights.
 
         Args:
+            num_rows: of the training split.
             gather: over the workers of a process group; None for one process.
         """
         self.recipe, self.train, self.seed = recipe, train, seed
@@ -92,12 +95,9 @@ class Trainer:
                 start_id=text.start_id,
                 end_id=text.end_id,
             )
-            self.model = PairModel(clip, recipe).to(self.device)
-        self.teacher: EmaTeacher | None = None
-        if recipe.needs_teacher:
-            self.teacher = EmaTeacher(
-                self.model.vision, self.model.byol_projector, decay=recipe.teacher.decay
-            ).to(self.device)
+            self.model = PairModel(clip, recipe, num_rows=num_rows).to(self.device)
+        self.model.objective.max_table_rows = train.table_rows_per_chunk
+        self.teacher = EmaTeacher(self.model).to(self.device) if recipe.needs_teacher else None
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, train.weight_decay),
             lr=train.lr,
@@ -128,7 +128,7 @@ class Trainer:
         grad_norm = self._clip()
         self._refuse_non_finite(report, grad_norm)
         self.optimizer.step()
-        self.model.clamp_temperatures()
+        self.model.objective.finish_step()
         self.step += 1
         return StepReport(report.loss.detach(), report.terms, report.diagnostics, grad_norm, lr)
 
@@ -163,16 +163,14 @@ class Trainer:
         if self.teacher is None:
             return None
         # A-CLIP's order: the teacher follows at the start of a step, then scores, then the model trains.
-        self.teacher.follow(
-            self.model.vision, self.model.byol_projector, step=self.step, total_steps=self.train.steps
-        )
+        self.teacher.follow(self.model, step=self.step, total_steps=self.train.steps)
         with self._autocast():
             outputs: TeacherOutputs = self.teacher(batch)
         return outputs
 
     def _select(self, batch: PairBatch, teacher: TeacherOutputs | None) -> Tensor | None:
         selection = self.recipe.selection
-        if selection.kind == "none":
+        if selection.kind == "none" or self.step >= (1 - selection.unmasked_share) * self.train.steps:
             return None
         is_warm = self.step >= selection.warmup_share * self.train.steps
         per_view = [
@@ -180,7 +178,7 @@ class Trainer:
                 selection,
                 scores=teacher.token_scores[view] if teacher is not None and is_warm else None,
                 noise=noise,
-                grid=self.model.vision.grid,
+                grid=self.model.encoder.vision.grid,
             )
             for view, noise in enumerate(batch.selection_noise)
         ]
@@ -193,7 +191,9 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         limit = self.train.max_grad_norm if self.train.max_grad_norm is not None else float("inf")
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        # The prior's discriminator works against the encoder: its gradient must not shrink the encoder's.
+        ours = [p for name, p in self.model.named_parameters() if "discriminator" not in name]
+        return nn.utils.clip_grad_norm_(ours, limit)
 
     def _refuse_non_finite(self, report: LossReport, grad_norm: Tensor) -> None:
         # One number to read: each read waits for the device.

@@ -1,21 +1,33 @@
-"""CLOOB: InfoLOOB on features retrieved from the batch by a modern Hopfield network.
+"""CLOOB: InfoLOOB on features retrieved from the batch by a modern Hopfield network, and its 2x2 grid.
 
 Each direction has its own memory: image anchors and keys are retrieved from the images, text anchors
 and keys from the texts. Retrieval is for training only; embeddings are compared raw afterwards. The
-authors' loss is 2 * temperature times ours.
+authors' loss is 2 * temperature times ours. Defaults are those of Conceptual Captions: beta 8 at a global
+batch of 512, inverse temperature 30, fixed.
+
+The grid {InfoNCE, InfoLOOB} x {no retrieval, retrieval} of the paper's ablation: `clip` is its corner
+without either, `clip_loob` has the estimator alone, `clip_hopfield` the retrieval alone.
 """
 
 from __future__ import annotations
 
-from models.estimators import InfoLOOB
-from models.recipe import MethodRecipe, Temperature, Transform
+from dataclasses import replace
+
+from models.estimators import InfoLOOB, InfoNCE
+from models.recipe import MethodRecipe
+from models.table_slots import Temperature, Transform
 
 CLOOB = MethodRecipe(
     name="cloob",
     source="Fuerst et al. 2022, arXiv 2110.11316",
     evidence="official",
-    # Conceptual Captions settings: beta 8 at a global batch of 512, inverse temperature 30.
     transform=Transform(kind="hopfield", beta=8.0),
     estimator=InfoLOOB(),
     temperature=Temperature(policy="fixed", init=1 / 30),
 )
+
+CLIP_LOOB = replace(CLOOB, name="clip_loob", transform=Transform())
+
+CLIP_HOPFIELD = replace(CLOOB, name="clip_hopfield", evidence="derived", estimator=InfoNCE())
+
+RECIPES = (CLOOB, CLIP_LOOB, CLIP_HOPFIELD)
