@@ -125,7 +125,7 @@ class MemoryBank(nn.Module):
 
         Float32 noise of 24 bits reaches 2^24 different rows at most.
         """
-        return (uniform_BK.double() * self.num_rows).long().clamp(max=self.num_rows - 1)
+        return (uniform_BK.double() * self.num_rows).long()
 
     @torch.no_grad()
     def update_(self, row_index_N: Tensor, images_ND: Tensor, texts_ND: Tensor) -> None:
