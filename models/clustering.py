@@ -116,7 +116,7 @@ def concentration(
         temperature: mean of phi, > 0.
 
     Raises:
-        ValueError: temperature <= 0, or clusters of identical rows, whose phi is 0.
+        ValueError: temperature <= 0, or more than a tenth of the clusters of identical rows, whose phi is 0.
 
     Source: PCL, arXiv 2005.04966, as released.
     """
@@ -172,7 +172,7 @@ def _spread_rows(features_ND: Tensor, num_clusters: int, *, seed: int) -> Tensor
     nearest_N = torch.full_like(squares_N, torch.inf)
     for uniform in uniform_K[1:]:
         centre = features_ND[rows[-1][0]]
-        distance_N = squares_N - 2 * features_ND @ centre + centre.square().sum()
+        distance_N = squares_N - 2 * (features_ND @ centre) + centre.square().sum()
         nearest_N = nearest_N.minimum(distance_N.clamp(min=0))
         nearest_N[rows[-1]] = 0.0
         largest = nearest_N.max().double()
@@ -189,7 +189,7 @@ def _nearest(features_ND: Tensor, means_KD: Tensor) -> tuple[Tensor, Tensor]:
     squares_K = means_KD.square().sum(1)
     assignments, distances = [], []
     for rows in torch.split(features_ND, max(1, _BLOCK_ENTRIES // len(means_KD))):
-        least = (squares_K - 2 * rows @ means_KD.T).min(1)
+        least = (squares_K - 2 * (rows @ means_KD.T)).min(1)
         assignments.append(least.indices)
         distances.append(least.values + rows.square().sum(1))
     return torch.cat(assignments), torch.cat(distances).clamp(min=0)
