@@ -75,7 +75,7 @@ class AuxiliaryHeads(nn.Module):
         self._add_distillation(features, terms)
         if self.hash is not None:
             images, texts = self.hash(features.image(0), features.report)
-            total, parts = hash_loss(features.gather(images), features.gather(texts), self.settings.hash)
+            total, _ = hash_loss(features.gather(images), features.gather(texts), self.settings.hash)
             terms["hash"] = self.settings.hash.weight * total
         return terms
 
@@ -120,13 +120,14 @@ class AuxiliaryHeads(nn.Module):
             rows = share * whole + (1 - share) * patches
             terms["distil"] = settings.distil.weight * gather(rows).mean()
         if self.masked_distillation is not None:
-            masked, patches = features.outputs.masked_image, _teacher(features, "heads.distil").patches
+            masked = features.outputs.masked_image
+            targets = _teacher(features, "heads.masked_distillation").patches
             assert masked is not None
-            assert patches is not None
+            assert targets is not None
             rows = self.masked_distillation.rows(
                 masked.patches,
                 masked.kept,
-                patches,
+                targets,
                 student_temperature=settings.masked_distillation.student_temperature,
                 teacher_temperature=settings.masked_distillation.teacher_temperature,
             )

@@ -105,9 +105,8 @@ class Encoder(nn.Module):
         ]
         embeds, patches, pooled, features, weights = zip(*views, strict=True)
         num_texts, num_pairs = batch.is_text.shape
-        text_embeds, words = self.embed_texts(
-            batch.token_ids.flatten(0, 1), batch.is_real_token.flatten(0, 1)
-        )
+        token_ids, is_real_token = batch.token_ids.flatten(0, 1), batch.is_real_token.flatten(0, 1)
+        text_embeds, words = self.embed_texts(token_ids, is_real_token)
         text_embeds = text_embeds.view(num_texts, num_pairs, -1)
         report_embeds, text_weights = self.embed_reports(text_embeds, batch.is_text)
         return PairOutputs(

@@ -98,8 +98,8 @@ class TableRecipe:
             )
         if self.is_within_sample and self.estimator.kind != "ce":
             raise ValueError(
-                f"between={self.between} takes estimator.kind=ce, got {self.estimator.kind}: a text alone in its "
-                "report has no negatives"
+                f"between={self.between} takes estimator.kind=ce, got {self.estimator.kind}: a text alone in "
+                "its report has no negatives"
             )
 
     def _check_features(self) -> None:
@@ -120,8 +120,8 @@ class TableRecipe:
             raise ValueError("region_pool.kind=each makes no image score; set sentence_pool.kind=none")
         if self.is_local and self.candidates.kind not in ("batch", "roll"):
             raise ValueError(
-                f"candidates.kind={self.candidates.kind} holds whole features; set region_pool.kind=global and "
-                "sentence_pool.kind=none"
+                f"candidates.kind={self.candidates.kind} holds whole features; set region_pool.kind=global "
+                "and sentence_pool.kind=none"
             )
         if self.candidates.modality == "both" and (self.is_local or self.score.kind != "cosine"):
             raise ValueError("candidates.modality=both compares whole features; set region_pool.kind=global")
@@ -140,8 +140,8 @@ class TableRecipe:
             or self.region_pool.kind in ("mean_region", "attention", "non_local", "words", "noisy_or", "each")
         ):
             raise ValueError(
-                "score.kind=concat scores pairs of features: it goes with region_pool.kind=global, max, mean, "
-                f"lse, select or pmi and no transform, got region_pool.kind={self.region_pool.kind}, "
+                "score.kind=concat scores pairs of features: it goes with region_pool.kind=global, max, "
+                f"mean, lse, select or pmi and no transform, got region_pool.kind={self.region_pool.kind}, "
                 f"transform.kind={self.transform.kind} and candidates.kind={self.candidates.kind}"
             )
 
@@ -156,8 +156,8 @@ class TableRecipe:
         safe = smallest_safe_temperature(kind)
         if safe > 0 and (self.region_pool.kind == "noisy_or" or self.sentence_pool.kind == "sum"):
             raise ValueError(
-                f"estimator.kind={kind} takes exp(score), which a sum over patches or sentences leaves float32 "
-                "with; choose another region_pool.kind or sentence_pool.kind"
+                f"estimator.kind={kind} takes exp(score), and a sum over patches or sentences makes it leave "
+                "float32; choose another region_pool.kind or sentence_pool.kind"
             )
         if self.score.kind == "cosine" and self.temperature.smallest < safe:
             raise ValueError(

@@ -105,13 +105,13 @@ def pooled_scores(
                 word_sharpness=recipe.region_pool.sharpness,
             )
         )
-    if recipe.sentence_pool.kind == "none":
+    pool = recipe.sentence_pool
+    if pool.kind == "none":
         texts = features.all_images(view) if recipe.between == "image_regions" else features.all_reports()
         return _pool_images(recipe, state, features, texts, view=view, scale=scale)
     sentences_NMD, is_sentence_NM = features.all_sentences(), features.all_is_text()
     per_sentence = _pool_images(recipe, state, features, sentences_NMD.flatten(0, 1), view=view, scale=scale)
     per_sentence_BNM = per_sentence.view(len(per_sentence), *is_sentence_NM.shape)
-    pool = recipe.sentence_pool
     return pool_sentences(per_sentence_BNM, is_sentence_NM, kind=pool.kind, sharpness=pool.sharpness)
 
 

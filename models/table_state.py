@@ -78,7 +78,8 @@ class TableState(nn.Module):
         if self.recipe.estimator.kind not in ("tuba", "interp"):
             return None
         if self.recipe.baseline.kind == "learned":
-            return self.baseline(queries_BD)[:, 0]
+            learned: Tensor = self.baseline(queries_BD)[:, 0]
+            return learned
         return queries_BD.new_full((len(queries_BD),), self.recipe.baseline.value)
 
     @torch.no_grad()

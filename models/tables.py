@@ -194,7 +194,7 @@ class _Builder:
 
     def _relaxed(self, similarity: Tensor, rows: slice) -> Tensor:
         transform = self.recipe.transform
-        if not transform.relaxes:
+        if transform.kind == "none" or transform.kind == "hopfield":
             return similarity
         return relax(
             similarity,
@@ -243,7 +243,7 @@ def _candidate_rows(
     local, everyone = getattr(batch, name), features.all_keys(name)
 
     def differs(rows: slice) -> Tensor:
-        is_other = local[rows, None] != everyone[None, :]
+        is_other: Tensor = local[rows, None] != everyone[None, :]
         if sides.all_is_pair is not None:
             is_other = is_other & sides.all_is_pair
         return is_other.scatter(1, own[rows, None], True)
@@ -276,7 +276,7 @@ def _region_directions(
         )
     if TEXT_TO_IMAGE in wanted:
         # [N, P, N] of all images, of which a worker keeps the columns of its own texts.
-        by_text_BNP = features.gather(scores_BPN)[:, :, own].permute(2, 0, 1)
+        by_text_BNP: Tensor = features.gather(scores_BPN)[:, :, own].permute(2, 0, 1)
         image_of_column = torch.arange(num_all, device=own.device).repeat_interleave(num_patches)
 
         def rows_of(rows: slice) -> PairTable:

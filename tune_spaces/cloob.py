@@ -8,3 +8,5 @@ SPACE: Space = {
     # Authors: inverse temperatures 14.3 to 70, fixed. Small batches want less.
     "method.temperature.init": LogUniform(low=0.014, high=0.3),
 }
+
+WITHOUT_RETRIEVAL: Space = {"method.temperature.init": SPACE["method.temperature.init"]}
