@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.gather import SingleProcess
-from models.outputs import NUM_TAGS, PairBatch, PairOutputs
-from models.pair_model import LossReport, PairModel
+from models.objective import LossReport, Objective
+from models.outputs import NUM_TAGS, PairBatch, PairOutputs, TeacherOutputs
+from models.pair_model import PairModel
 from models.recipe import MethodRecipe
 from models.teacher import EmaTeacher, select_tokens
 from models.towers import TowerSettings, build_clip
+from models.widths import Widths
 from pipelines.train_step import TextSpec
 
 SIDE, GRID = 32, 4
@@ -31,6 +33,8 @@ TOWERS = TowerSettings(
     max_tokens=16,
 )
 TEXT = TextSpec(vocab_size=64, pad_id=0, start_id=1, end_id=2)
+# Rows of the training split: at least as many as the largest clustering of the catalogue has prototypes.
+NUM_ROWS = 64
 # Longest first: halves and quarters of a batch are padded to different lengths.
 LENGTHS = (11, 9, 8, 8, 7, 5, 4, 3)
 
@@ -134,7 +138,7 @@ def padded(batch: PairBatch, extra: int, filler: int) -> PairBatch:
     return replace(batch, token_ids=ids.masked_fill(~is_real, filler), is_real_token=is_real)
 
 
-def build_model(recipe: MethodRecipe, *, seed: int = 0) -> PairModel:
+def build_model(recipe: MethodRecipe, *, num_rows: int = NUM_ROWS, seed: int = 0) -> PairModel:
     """A method on small towers, float64."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -145,36 +149,89 @@ def build_model(recipe: MethodRecipe, *, seed: int = 0) -> PairModel:
             start_id=TEXT.start_id,
             end_id=TEXT.end_id,
         )
-        return PairModel(clip, recipe).double()
+        return PairModel(clip, recipe, num_rows=num_rows).double()
+
+
+def build_objective(
+    recipe: MethodRecipe, outputs: PairOutputs, *, num_rows: int = NUM_ROWS, seed: int = 0
+) -> Objective:
+    """A method's loss for given features, float64; its grid is square if the patches of the features are."""
+    side = round(outputs.image_tokens.shape[2] ** 0.5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        widths = Widths(
+            joint=outputs.image_embeds.shape[2],
+            vision=outputs.image_features.shape[2],
+            text=TOWERS.text_width,
+            grid=side,
+            vocab_size=TEXT.vocab_size,
+            max_tokens=TOWERS.max_tokens,
+            num_rows=num_rows,
+        )
+        return Objective(recipe, widths).double()
 
 
 def given_features(
-    image: Tensor, text: Tensor, *, patches: Tensor | None = None, words: Tensor | None = None
+    image: Tensor,
+    text: Tensor,
+    *,
+    patches: Tensor | None = None,
+    words: Tensor | None = None,
+    is_word: Tensor | None = None,
+    is_text: Tensor | None = None,
+    report: Tensor | None = None,
 ) -> PairOutputs:
-    """What towers would say, one view: unit [B, D], raw patches [B, P, D] and words [B, T, D]."""
-    words = text[:, None] if words is None else words
+    """What towers would say.
+
+    Args:
+        image: unit, one view [B, D] or several [V, B, D].
+        text: unit, one text [B, D] or several [M, B, D].
+        patches: not normalised, [B, P, D] or [V, B, P, D]; the image feature alone unless given.
+        words: of text 0, not normalised, [B, T, D]; its feature alone unless given.
+        is_word: False at padding, [B, T].
+        is_text: False where a pair has fewer texts, [M, B].
+        report: unit feature of all texts of a pair, [B, D]; text 0 unless given.
+    """
+    views, texts = (embeds if embeds.ndim == 3 else embeds[None] for embeds in (image, text))
+    tokens = views[:, :, None] if patches is None else patches
+    tokens = tokens if tokens.ndim == 4 else tokens[None]
+    words = texts[0][:, None] if words is None else words
     return PairOutputs(
-        image_embeds=image[None],
-        text_embeds=text,
-        image_tokens=(image[:, None] if patches is None else patches)[None],
+        image_embeds=views,
+        text_embeds=texts,
+        report_embeds=texts[0] if report is None else report,
+        is_text=torch.ones(texts.shape[:2], dtype=torch.bool) if is_text is None else is_text,
+        image_tokens=tokens,
         text_tokens=words,
-        is_real_token=torch.ones(words.shape[:2], dtype=torch.bool),
-        image_features=image[None],
+        is_real_token=torch.ones(words.shape[:2], dtype=torch.bool) if is_word is None else is_word,
+        image_features=views,
+        patch_features=tokens,
     )
+
+
+def report_of_features(
+    recipe: MethodRecipe,
+    outputs: PairOutputs,
+    batch: PairBatch | None = None,
+    *,
+    teacher: TeacherOutputs | None = None,
+) -> LossReport:
+    """Loss and terms of a method from features alone, in one process."""
+    batch = batch or make_batch([4] * outputs.image_embeds.shape[1])
+    report: LossReport = build_objective(recipe, outputs)(outputs, batch, teacher, SingleProcess())
+    return report
 
 
 def loss_of_features(recipe: MethodRecipe, outputs: PairOutputs, batch: PairBatch | None = None) -> Tensor:
     """Whole loss of a method from features alone, in one process."""
-    batch = batch or make_batch([4] * len(outputs.text_embeds))
-    return build_model(recipe).loss(outputs, batch, None, SingleProcess()).loss
+    return report_of_features(recipe, outputs, batch).loss
 
 
 def forward(model: PairModel, batch: PairBatch) -> LossReport:
     """Loss of a batch in one process; a teacher, where the method needs one, starts as the model's copy."""
     recipe, teacher, kept = model.recipe, None, None
     if recipe.needs_teacher:
-        ema = EmaTeacher(model.vision, model.byol_projector, decay=recipe.teacher.decay)
-        teacher = ema(batch)
+        teacher = EmaTeacher(model)(batch)
     if recipe.selection.kind != "none":
         scores = [None] * len(batch.view_boxes) if teacher is None else teacher.token_scores
         chosen = [
