@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -171,13 +171,11 @@ class PromptLearner(nn.Module):
         context_MW: Tensor,
         *,
         joint_width: int,
-        encode_prompts: PromptEncoder,
         seed: int,
     ) -> None:
         """Args:
             context_MW: embeddings of the tokens before the name at the start, "a photo of a" in the paper.
             joint_width: D of the image features.
-            encode_prompts: the frozen text tower.
             seed: of the bias network's weights.
 
         Raises:
@@ -187,12 +185,12 @@ class PromptLearner(nn.Module):
         if context_MW.ndim != 2 or len(context_MW) < 1 or context_MW.shape[1] != width:
             raise ValueError(f"context must be [M >= 1, {width}], got {list(context_MW.shape)}")
         super().__init__()
-        self.encode_prompts = encode_prompts
         self.register_buffer("start", names.start.detach().clone())
         self.register_buffer("tails", _names_with_end(names))
         self.register_buffer("lengths", names.lengths + len(context_MW) + 2)
         self.context = nn.Parameter(context_MW.detach().clone())
-        hidden = max(1, joint_width // 16)
+        # with narrow joint spaces D / 16 leaves a unit or two, soon dead
+        hidden = max(8, joint_width // 16)
         squeeze, excite = (
             # "meta" draws nothing from torch's global generator: fitting must not move a caller's draws
             nn.Linear(*sides, device="meta", dtype=context_MW.dtype).to_empty(device=context_MW.device)
@@ -211,8 +209,11 @@ class PromptLearner(nn.Module):
         """u of each label, [B, D] in [0, 1]."""
         return self.intervention[labels_B].sigmoid()
 
-    def forward(self, images_BD: Tensor) -> Tensor:
-        """Unit class embeddings conditioned on each image, [B, C, D]; B * C texts are encoded."""
+    def forward(self, images_BD: Tensor, encode_prompts: PromptEncoder) -> Tensor:
+        """Unit class embeddings conditioned on each unit image, [B, C, D]; B * C texts are encoded.
+
+        The tower comes with the call: kept here, it would be a part of this module's weights.
+        """
         num_images, num_classes = len(images_BD), len(self.tails)
         context_BMW = self.context + self.bias(images_BD)[:, None]
         parts = (
@@ -221,7 +222,7 @@ class PromptLearner(nn.Module):
             self.tails.expand(num_images, -1, -1, -1),
         )
         prompts = torch.cat(parts, dim=2).flatten(0, 1)
-        embeds = self.encode_prompts(prompts, self.lengths.repeat(num_images))
+        embeds = encode_prompts(prompts, self.lengths.repeat(num_images))
         return F.normalize(embeds, dim=1).view(num_images, num_classes, -1)
 
 
@@ -240,10 +241,12 @@ class FittedPrompts:
 
     Attributes:
         learner: the weights.
+        encode_prompts: the tower they were fitted on.
         losses: total loss of every step.
     """
 
     learner: PromptLearner
+    encode_prompts: PromptEncoder
     losses: tuple[float, ...]
 
     @torch.no_grad()
@@ -254,7 +257,9 @@ class FittedPrompts:
             image_features: [n, D], any length.
             chunk: images at a time; each costs C texts.
         """
-        return torch.cat([self.learner(part) for part in torch.split(unit(image_features), chunk)])
+        return torch.cat(
+            [self.learner(part, self.encode_prompts) for part in torch.split(unit(image_features), chunk)]
+        )
 
     def scores(self, image_features: Tensor) -> Tensor:
         """Cosine of each image with its class embeddings, [n, C]; the largest is the predicted class."""
@@ -294,14 +299,12 @@ def fit_prompts(
         )
     images = unit(image_features_SD)
     draws = _ShotDraws(labels_S, len(names.lengths), seed=settings.seed)
-    learner = PromptLearner(
-        names, context_MW, joint_width=images.shape[1], encode_prompts=encode_prompts, seed=settings.seed
-    )
+    learner = PromptLearner(names, context_MW, joint_width=images.shape[1], seed=settings.seed)
     with torch.no_grad():
         # untrained, the class embeddings are the same for every image
-        hardest_C = hardest_other_class(learner(images[:1])[0])
+        hardest_C = hardest_other_class(learner(images[:1], encode_prompts)[0])
     weights = list(learner.parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [learner.context, *learner.bias.parameters()]},
         {"params": [learner.intervention], "lr": settings.intervention_rate},
     ]
@@ -313,7 +316,7 @@ def fit_prompts(
         labels_B = labels_S[rows_B]
         loss, _ = prompt_loss(
             images[rows_B],
-            learner(images[rows_B]),
+            learner(images[rows_B], encode_prompts),
             labels_B,
             negatives_BD=images[draws.one_of(hardest_C[labels_B])],
             interventions_BD=learner.interventions(labels_B),
@@ -325,7 +328,7 @@ def fit_prompts(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    return FittedPrompts(learner.requires_grad_(False), tuple(torch.stack(losses).tolist()))
+    return FittedPrompts(learner.requires_grad_(False), encode_prompts, tuple(torch.stack(losses).tolist()))
 
 
 class _ShotDraws:

@@ -7,8 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from models.estimators import InfoNCE, symmetric
-from models.regularisers import TokenEntropies, matched_similarities, token_entropies, uniformity
+from models.regularisers import (
+    TokenEntropies,
+    disagreement,
+    matched_similarities,
+    projection_directions,
+    sliced_wasserstein,
+    token_entropies,
+    uniformity,
+)
 from tests.golden_files import assert_golden, leaf, tensors
+from tests.oracles.heads import loop_disagreement, loop_sliced_wasserstein
 from tests.oracles.tier import loop_entropies, loop_means
 
 PENALTIES = ["tier_pen_s401_N2_T5_E8_P4", "tier_pen_s402_N4_T9_E32_P9"]
@@ -220,6 +229,99 @@ def test_uniformity_equals_the_derived_value():
     assert torch.autograd.gradcheck(uniformity, [leaf(F.normalize(golden["Z"][:5], dim=1))])
 
 
+class TestSlicedWasserstein:
+    a, b = draw(7, 4), draw(7, 4, seed=1) + 0.5
+    directions = projection_directions(3, step=0, num_directions=10, width=4)
+
+    def test_equals_the_loop(self):
+        found = sliced_wasserstein(self.a, self.b, self.directions)
+        expected = loop_sliced_wasserstein(self.a, self.b, self.directions)
+        assert found.item() == pytest.approx(expected, abs=1e-12)
+        others = projection_directions(4, step=0, num_directions=10, width=4)
+        assert abs(sliced_wasserstein(self.a, self.b, others) - expected) > 1e-3
+
+    def test_compares_distributions_and_not_pairs(self):
+        order = torch.tensor([3, 0, 6, 4, 1, 2, 5])
+        found = sliced_wasserstein(self.a, self.b, self.directions)
+        torch.testing.assert_close(sliced_wasserstein(self.a[order], self.b, self.directions), found)
+        torch.testing.assert_close(sliced_wasserstein(self.b, self.a, self.directions), found)
+        assert sliced_wasserstein(self.a, self.a[order], self.directions) == 0
+        assert found > 0.1
+
+    def test_of_a_shift_is_its_mean_squared_projection(self):
+        shift = draw(4, seed=2)
+        found = sliced_wasserstein(self.a, self.a + shift, self.directions)
+        torch.testing.assert_close(found, (self.directions.double() @ shift).square().mean())
+        many = projection_directions(0, step=0, num_directions=4000, width=4)
+        # a random unit direction catches 1 / D of a squared length, here within some 3 %
+        found = sliced_wasserstein(self.a, self.a + shift, many)
+        torch.testing.assert_close(found, shift.square().sum() / 4, atol=0, rtol=0.1)
+
+    def test_workers_must_gather(self):
+        whole = sliced_wasserstein(self.a[:6], self.b[:6], self.directions)
+        halves = [
+            sliced_wasserstein(self.a[rows], self.b[rows], self.directions)
+            for rows in (slice(0, 3), slice(3, 6))
+        ]
+        assert abs(torch.stack(halves).mean() - whole) > 1e-3
+
+    def test_gradient_passes_gradcheck_and_closes_the_gap(self):
+        directions = self.directions.double()
+        assert torch.autograd.gradcheck(sliced_wasserstein, (leaf(self.a), leaf(self.b), directions))
+        a = leaf(self.a)
+        for _ in range(50):
+            loss = sliced_wasserstein(a, self.b, directions)
+            (gradient,) = torch.autograd.grad(loss, a)
+            a = leaf(a - 5 * gradient)
+        assert loss < 0.05 * sliced_wasserstein(self.a, self.b, directions)
+
+    def test_half_precision_is_raised(self):
+        assert (
+            sliced_wasserstein(self.a.bfloat16(), self.b.bfloat16(), self.directions).dtype == torch.float32
+        )
+
+
+class TestDirections:
+    def test_are_unit_and_spread_evenly(self):
+        found = projection_directions(0, step=5, num_directions=4000, width=3)
+        torch.testing.assert_close(found.norm(dim=1), torch.ones(4000))
+        # standard errors are .009 and .005
+        torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=0.04, rtol=0)
+        torch.testing.assert_close(found.T @ found / 4000, torch.eye(3) / 3, atol=0.02, rtol=0)
+
+    def test_belong_to_seed_and_step(self):
+        def made(seed, step):
+            return projection_directions(seed, step=step, num_directions=5, width=3)
+
+        assert torch.equal(made(1, 2), made(1, 2))
+        found = [made(seed, step) for seed in (0, 1, -1, 2**40) for step in (0, 1, 2)]
+        assert len({tuple(f.flatten().tolist()) for f in found}) == 12
+        assert torch.equal(made(torch.tensor(1), 2), made(1, 2))
+        # integers wrap as they do when keys are summed
+        assert torch.equal(made(torch.tensor(2**62) * 2, 0), made(-(2**63), 0))
+
+    def test_leave_the_global_generator_alone(self):
+        before = torch.get_rng_state()
+        projection_directions(0, step=0, num_directions=5, width=3)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_disagreement_equals_the_loop():
+    a, b = draw(5, 4), draw(5, 4, seed=1)
+    assert disagreement(a, b).item() == pytest.approx(loop_disagreement(a, b), abs=1e-12)
+    assert disagreement(a, b.roll(1, 0)).item() != pytest.approx(loop_disagreement(a, b), abs=1e-3)
+    torch.testing.assert_close(disagreement(2 * a, -b), disagreement(a, b))
+    assert torch.autograd.gradcheck(disagreement, (leaf(a), leaf(b)))
+    halves = torch.stack([disagreement(a[:2], b[:2]), disagreement(a[2:4], b[2:4])])
+    torch.testing.assert_close(halves.mean(), disagreement(a[:4], b[:4]))
+
+
+def test_disagreement_runs_from_orthogonal_to_parallel():
+    first, second = torch.eye(4)[:2]
+    assert disagreement(first.expand(3, 4), second.expand(3, 4)) == 0
+    assert disagreement(first.expand(3, 4), -first.expand(3, 4)) == 1
+
+
 X = torch.zeros(2, 3, 4)
 
 
@@ -236,6 +338,16 @@ X = torch.zeros(2, 3, 4)
             r"is_kept_patch must have shape \[2, 4\]",
         ),
         (lambda: matched_similarities(X, X[:1]), "must agree in pairs and width"),
+        (
+            lambda: sliced_wasserstein(X[0], X[0], X[0, :, :3]),
+            r"directions \[L, D\], got \[3, 4\], \[3, 4\] and \[3, 3\]",
+        ),
+        (lambda: sliced_wasserstein(X[0], X[0, :2], X[0]), r"\[N, D\] alike .* got \[3, 4\], \[2, 4\]"),
+        (
+            lambda: projection_directions(0, step=0, num_directions=0, width=3),
+            "num_directions and width must be >= 1, got 0 and 3",
+        ),
+        (lambda: disagreement(X[0], X[0, :2]), r"\[N, D\] alike, got \[3, 4\] and \[2, 4\]"),
         (lambda: uniformity(torch.ones(1, 3)), "B >= 2 embeddings, got 1"),
         (lambda: uniformity(torch.ones(2, 3), scale=0), "scale must be > 0, got 0"),
     ],
