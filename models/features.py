@@ -80,8 +80,8 @@ class PairFeatures:
             words, is_real = self.outputs.text_tokens, self.outputs.is_real_token
             length = int(self.gather(torch.tensor([words.shape[1]], device=words.device)).max())
             missing = length - words.shape[1]
-            self._known["words"] = self.gather(F.pad(words, (0, 0, 0, missing)))
-            self._known["is_word"] = self.gather(F.pad(is_real, (0, missing)))
+            self._once("words", lambda: self.gather(F.pad(words, (0, 0, 0, missing))))
+            self._once("is_word", lambda: self.gather(F.pad(is_real, (0, missing))))
         return self._known["words"], self._known["is_word"]
 
     def all_keys(self, name: str) -> Tensor:
@@ -100,5 +100,7 @@ class PairFeatures:
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         if name not in self._known:
-            self._known[name] = make()
+            # Targets and diagnostics ask without a gradient; whoever asks after them needs it.
+            with torch.enable_grad():
+                self._known[name] = make()
         return self._known[name]
