@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import posixpath
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,13 +26,16 @@ class CheckpointError(ValueError):
     """A checkpoint does not belong to this run or is not whole."""
 
 
-def save_checkpoint(folder: str, state: dict[str, Any], *, identity: str) -> str:
+def save_checkpoint(
+    folder: str, state: dict[str, Any], *, identity: str, about: Mapping[str, Any] | None = None
+) -> str:
     """Write the state of a step below `folder` and drop all but the newest checkpoints.
 
     Args:
         folder: `<root>/runs/<run id>/checkpoints`.
         state: what `load_latest` returns; must hold an integer `step`.
         identity: hash of the configuration; a resume with another one is refused.
+        about: what a run that starts from these weights must know, plain values for the manifest.
 
     Returns:
         The checkpoint's location.
@@ -44,7 +49,13 @@ def save_checkpoint(folder: str, state: dict[str, Any], *, identity: str) -> str
     # Last: without it the checkpoint does not exist for a reader.
     storage.write_json(
         storage.join(place, _MANIFEST),
-        {"schema_version": 1, "step": state["step"], "identity": identity, "sha256": {_STATE: digest}},
+        {
+            "schema_version": 1,
+            "step": state["step"],
+            "identity": identity,
+            "sha256": {_STATE: digest},
+            "about": dict(about or {}),
+        },
     )
     for old in _steps(folder)[:-_KEEP]:
         storage.delete_folder(storage.join(folder, old))
@@ -67,10 +78,7 @@ def load_checkpoint(place: str, *, identity: str | None = None) -> dict[str, Any
     Raises:
         CheckpointError: no manifest, content that does not match it, or another configuration.
     """
-    manifest_uri = storage.join(place, _MANIFEST)
-    if not storage.exists(manifest_uri):
-        raise CheckpointError(f"no checkpoint at '{place}': {_MANIFEST} is absent")
-    manifest = storage.read_json(manifest_uri)
+    manifest = _read_manifest(place)
     if identity is not None and manifest["identity"] != identity:
         raise CheckpointError(
             f"the checkpoint at '{place}' was written with another configuration; name another output or "
@@ -84,6 +92,41 @@ def load_checkpoint(place: str, *, identity: str | None = None) -> dict[str, Any
     return state
 
 
+def about_checkpoint(place: str) -> tuple[str, dict[str, Any]]:
+    """The sha256 of the state at one location, and what its run said about it, without reading it.
+
+    Raises:
+        CheckpointError: no manifest.
+    """
+    manifest = _read_manifest(place)
+    return str(manifest["sha256"][_STATE]), manifest.get("about", {})
+
+
+def find_checkpoint(uri: str) -> str:
+    """The newest checkpoint of a run, by its root, its folder or one of its checkpoints.
+
+    Raises:
+        CheckpointError: none there, or those of several runs.
+    """
+    try:
+        found = storage.list_files(uri, suffix=_MANIFEST)
+    except NotADirectoryError:  # a file of a checkpoint instead of its folder
+        found = []
+    places = [posixpath.dirname(path) for path in found]
+    runs = {posixpath.dirname(place).removesuffix("checkpoints").rstrip("/") for place in places}
+    if len(runs) > 1:
+        names = sorted(runs)
+        raise CheckpointError(
+            f"'{uri}' holds checkpoints of {len(runs)} runs; name one of them: {', '.join(names[:8])}"
+        )
+    if not places:
+        raise CheckpointError(
+            f"'{uri}' holds no checkpoint; name a run root, a run's folder below <root>/runs, or a folder "
+            "of its checkpoints. Trials of a sweep keep none"
+        )
+    return storage.join(uri, max(places)) if max(places) else uri
+
+
 def latest_place(folder: str) -> str | None:
     """Location of the newest whole checkpoint below `folder`."""
     steps = _steps(folder)
@@ -94,6 +137,14 @@ def drop_checkpoints(folder: str) -> None:
     """Remove a run's checkpoints; a sweep whose trials kept their weights would fill the disk."""
     if storage.exists(folder):
         storage.delete_folder(folder)
+
+
+def _read_manifest(place: str) -> dict[str, Any]:
+    uri = storage.join(place, _MANIFEST)
+    if not storage.exists(uri):
+        raise CheckpointError(f"no checkpoint at '{place}': {_MANIFEST} is absent")
+    manifest: dict[str, Any] = storage.read_json(uri)
+    return manifest
 
 
 def _steps(folder: str) -> list[str]:

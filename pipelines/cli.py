@@ -136,19 +136,30 @@ def report(
         report_stage(root, console, output=output, dry_run=dry_run)
 
 
-@app.command(epilog="Example: clipfleet methods cloob")
-def methods(
-    name: Annotated[str | None, typer.Argument(help="Show one method with its search space.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the methods: source, evidence, what differs from CLIP."""
-    with _clear_errors():
-        from pipelines.method_tables import show_method, show_methods
+methods_app = typer.Typer(rich_markup_mode="rich")
+app.add_typer(methods_app, name="methods")
 
-        if name is None:
-            show_methods(console, as_json=as_json)
-        else:
-            show_method(name, console, as_json=as_json)
+
+@methods_app.callback(invoke_without_command=True, epilog="Example: clipfleet methods show cloob")
+def methods(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the methods: source, evidence, what differs from CLIP; and what has no recipe."""
+    if context.invoked_subcommand is not None:
+        return
+    with _clear_errors():
+        from pipelines.method_tables import show_methods
+
+        show_methods(console, as_json=as_json)
+
+
+@methods_app.command(name="show", epilog="Example: clipfleet methods show cloob")
+def show_one(
+    name: Annotated[str, typer.Argument(help="Name in the catalogue.")], as_json: AsJson = False
+) -> None:
+    """Print one method's card and search space."""
+    with _clear_errors():
+        from pipelines.method_tables import show_method
+
+        show_method(name, console, as_json=as_json)
 
 
 @app.command(epilog="Example: clipfleet doctor")

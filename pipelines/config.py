@@ -99,6 +99,13 @@ class TrainConfig(Settings):
     checkpoint_every: int = Field(50, ge=1)
     log_every: int = Field(5, ge=1)
     max_failures: int = Field(2, ge=0)
+    # Fine-tuning: run root, run folder or checkpoint folder of an earlier run whose weights are loaded
+    # before the first step. A run that continues takes its own checkpoint instead.
+    start_from: str | None = None
+    # Of those weights; filled in when a run begins, refused when what is there has another one.
+    start_sha256: str | None = None
+    # Rows of a large table that are computed at once; null decides by size.
+    table_rows_per_chunk: int | None = Field(None, ge=1)
 
     @property
     def num_warmup_steps(self) -> int:
@@ -108,6 +115,12 @@ class TrainConfig(Settings):
     def _warmup_ends(self) -> TrainConfig:
         if self.num_warmup_steps > self.steps:
             raise ValueError(f"warmup_steps must not exceed steps={self.steps}, got {self.warmup_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _hash_has_a_start(self) -> TrainConfig:
+        if self.start_sha256 is not None and self.start_from is None:
+            raise ValueError("start_sha256 says which weights to start from; name them with start_from")
         return self
 
 

@@ -75,6 +75,7 @@ def _make_paths_absolute(tree: Tree) -> None:
         (tree, "prepared"),
         (tree["data"], "tokenizer"),
         (tree["model"], "pretrained"),
+        (tree["train"], "start_from"),
     ):
         # Validation has something to say about other types.
         if isinstance(part[key], str):

@@ -30,6 +30,9 @@ _FREE = {
         "log_every",
         "checkpoint_every",
         "max_failures",
+        # Where the weights lie; start_sha256 says which they are.
+        "start_from",
+        "table_rows_per_chunk",
     },
 }
 

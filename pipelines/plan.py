@@ -90,7 +90,10 @@ def stand_in_trainer(config: Config) -> Trainer:
     text = TextSpec(vocab_size=512, pad_id=0, start_id=1, end_id=3)
     # A rate that diverges on random pixels is for the run to refuse, not for its plan.
     train = config.train.model_copy(update={"lr": _HARMLESS_LR})
-    return Trainer(config.method, config.model, text, train, seed=config.seed)
+    # The data may not be prepared yet; how many rows a method remembers hardly changes a step's time.
+    clusters = [n for table in config.method.tables.values() for n in table.candidates.num_clusters]
+    num_rows = max(config.data.num_train, *clusters)
+    return Trainer(config.method, config.model, text, train, seed=config.seed, num_rows=num_rows)
 
 
 def random_batch(config: Config, trainer: Trainer, num_pairs: int) -> PairBatch:
@@ -107,7 +110,9 @@ def random_batch(config: Config, trainer: Trainer, num_pairs: int) -> PairBatch:
         token_ids=torch.randint(4, 512, (texts, num_pairs, length), generator=generator),
         is_real_token=torch.ones(texts, num_pairs, length, dtype=torch.bool),
         is_text=torch.ones(texts, num_pairs, dtype=torch.bool),
-        selection_noise=torch.rand(views, num_pairs, trainer.model.vision.grid**2, generator=generator),
+        selection_noise=torch.rand(
+            views, num_pairs, trainer.model.encoder.vision.grid**2, generator=generator
+        ),
         row_keys=torch.arange(num_pairs),
         group_keys=torch.arange(num_pairs),
         text_keys=torch.arange(num_pairs),

@@ -16,11 +16,13 @@ import torch
 
 from models.gather import Gather, ProcessGroupGather, SingleProcess
 from models.outputs import PairBatch
+from models.teacher import EmaTeacher
 from pipelines.checkpoint import drop_checkpoints, load_latest, save_checkpoint
 from pipelines.collate import BatchSettings
 from pipelines.config import Config
 from pipelines.evaluate import publish_evaluation, selection_value
 from pipelines.feed import Feed, MemoryFeed, load_rows, streams, train_order
+from pipelines.fine_tuning import describe_run, load_start, take_over_, write_start
 from pipelines.job import Job, identity, note_failure, start_record
 from pipelines.order import StepOrder
 from pipelines.port import Port
@@ -67,7 +69,14 @@ def build_trainer(
     tokenizer = prepared.tokenizer()
     text = TextSpec(tokenizer.vocab_size, tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id)
     return Trainer(
-        config.method, config.model, text, config.train, seed=config.seed, gather=gather, device=device
+        config.method,
+        config.model,
+        text,
+        config.train,
+        seed=config.seed,
+        num_rows=prepared.num_rows("train"),
+        gather=gather,
+        device=device,
     )
 
 
@@ -117,6 +126,8 @@ class _Run:
             self.trainer.load_state_dict(state["trainer"])
             self.seconds_before = float(state["seconds"])
             self.selection = state["selection"]
+        elif self.config.train.start_from is not None:
+            self._take_over(self.config.train.start_from)
         self.started = time.monotonic()
 
     def feed(self) -> Feed:
@@ -127,7 +138,7 @@ class _Run:
             text=features.text,
             num_views=features.num_views,
             min_crop_area=train.min_crop_area,
-            num_patches=self.trainer.model.vision.grid**2,
+            num_patches=self.trainer.model.encoder.vision.grid**2,
             max_tokens=self.config.data.max_tokens,
             num_texts=features.num_texts,
             sentences_per_text=features.sentences_per_text,
@@ -137,6 +148,16 @@ class _Run:
         if streams(train.feed, self.prepared):
             return StreamFeed(place, order, settings, rank=rank, world=world)
         return MemoryFeed(load_rows(place, "train"), order, settings, rank=rank, world=world)
+
+    def _take_over(self, start: str) -> None:
+        """Begin with the weights of an earlier run; every worker reads the same."""
+        trainer = self.trainer
+        found = take_over_(trainer.model, load_start(self.config.train), where=start)
+        if trainer.teacher is not None:
+            # It began as a copy of the weights that were just replaced.
+            trainer.teacher = EmaTeacher(trainer.model).to(trainer.device)
+        if self.record is not None:
+            write_start(self.job.folder, self.config, found)
 
     def step(self, batch: PairBatch) -> None:
         """One optimiser step and whatever is due after it."""
@@ -191,7 +212,8 @@ class _Run:
             "seconds": self.seconds,
             "selection": self.selection,
         }
-        save_checkpoint(self.job.checkpoints, state, identity=self.identity)
+        about = describe_run(self.config, self.prepared)
+        save_checkpoint(self.job.checkpoints, state, identity=self.identity, about=about)
 
     def _report(self, step: int) -> None:
         if self.record is not None:

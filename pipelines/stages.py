@@ -53,14 +53,17 @@ def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
 
 def sweep_stage(config: Config, console: Console, *, dry_run: bool) -> None:
     """Check, show the plan, prepare, sweep, rank, report."""
+    from pipelines.fine_tuning import check_start, pin_start
     from pipelines.plan import sweep_plan
     from pipelines.sweep import check_sweep, run_sweep
 
+    config = pin_start(config)
     check_sweep(config)
     console.print(sweep_plan(config))
     place = prepare_stage(config, console, dry_run=dry_run)
     if dry_run:
         return
+    check_start(config, Prepared.open(place))
     run_sweep(config, place, console=console)
     results_stage(config.output, console)
     report_stage(config.output, console, output=None)
@@ -71,9 +74,11 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
 
     Raises:
         AlreadyExistsError: the run there is finished.
+        ValueError: what it is to start from is not there or does not fit.
         RunFailedError: it ended as failed.
     """
     from pipelines.check_data import check_data
+    from pipelines.fine_tuning import check_start, start_summary
     from pipelines.launch import RunFailedError, run_here, run_in_train
     from pipelines.plan import pretrain_plan
     from pipelines.prepare_once import dataset_name
@@ -81,12 +86,14 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
 
     name = config.output.partition("?")[0].rstrip("/").rpartition("/")[2]
     run_id = f"{config.method.name}-s{config.seed}"
-    _refuse_finished(config.output, run_id)
+    config, continues = _begin(config, run_id)
     console.print(pretrain_plan(config))
     place = prepare_stage(config, console, dry_run=dry_run)
     if dry_run:
         return
     check_data(config, Prepared.open(place))
+    if not continues:
+        check_start(config, Prepared.open(place))
     job = Job(
         root=config.output,
         run_id=run_id,
@@ -105,6 +112,8 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
         raise RunFailedError(f"run '{run_id}' failed: {error}") from error
     record = read_record(job.root, run_id)
     assert record is not None
+    if summary := start_summary(job.folder):
+        console.print(summary, highlight=False, soft_wrap=True)
     console.print(f"{run_id}: {record['state']} after {record['seconds']:.0f} s of training", highlight=False)
     _print_results(config.output, console, run_id=run_id)
 
@@ -179,13 +188,27 @@ def report_stage(root: str, console: Console, *, output: str | None, dry_run: bo
     console.print(f"report: {place}", highlight=False, soft_wrap=True)
 
 
-def _refuse_finished(root: str, run_id: str) -> None:
-    record = read_record(root, run_id)
-    if record is not None and record["state"] != "running":
-        uri = storage.join(root, "runs", run_id, RECORD_FILE)
+def _begin(config: Config, run_id: str) -> tuple[Config, bool]:
+    """The configuration with its start's hash, and whether the run continues from its own checkpoint.
+
+    Raises:
+        AlreadyExistsError: the run is finished.
+        ValueError: what it is to start from is not there, or is another one than it started from.
+    """
+    from pipelines.checkpoint import latest_place
+    from pipelines.fine_tuning import pin_start
+
+    record = read_record(config.output, run_id)
+    if record is None:
+        return pin_start(config), False
+    folder = storage.join(config.output, "runs", run_id)
+    if record["state"] != "running":
         raise storage.AlreadyExistsError(
-            f"'{uri}' is a finished run and is never overwritten; name another output or seed"
+            f"'{storage.join(folder, RECORD_FILE)}' is a finished run and is never overwritten; name another "
+            "output or seed"
         )
+    continues = latest_place(storage.join(folder, "checkpoints")) is not None
+    return pin_start(config, recorded=record["config"] if continues else None), continues
 
 
 def _one_run(run: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from models.methods.catalogue import METHODS
+from models.methods.catalogue import CARDS, METHODS
+from models.methods.without_recipe import WITHOUT_RECIPE
 from pipelines.cli import app
 from pipelines.config_tree import load_config
 from pipelines.results import Store
@@ -49,7 +51,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_verb_is_listed():
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert names == set(VERBS)
+    assert names | {group.name for group in app.registered_groups} == set(VERBS)
     shown = clipfleet("--help").output
     assert all(verb in shown for verb in VERBS)
 
@@ -66,22 +68,76 @@ def test_every_verb_that_works_on_files_has_a_dry_run(verb: str):
     assert "--dry-run" in clipfleet(verb, "--help").output
 
 
-def test_methods_lists_the_catalogue():
-    shown = clipfleet("methods").output
-    assert all(name in shown for name in METHODS)
-    listed = json.loads(clipfleet("methods", "--json").stdout)
-    assert [row["name"] for row in listed] == list(METHODS)
-    assert listed[0]["slots"] == {}
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_methods_lists_the_catalogue(columns: str):
+    result = CliRunner().invoke(app, ["methods"], env={"COLUMNS": columns, "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    heads = [line.split() for line in lines if line and not line.startswith(" ")]
+    for recipe in METHODS.values():
+        assert any(head[:2] == [recipe.name, recipe.evidence] for head in heads), recipe.name
+    one_line = " ".join(result.stdout.split())
+    assert all(" ".join(recipe.source.split()) in one_line for recipe in METHODS.values())
+    for entry in WITHOUT_RECIPE.values():
+        assert any(head[0] == entry.name for head in heads)
+        for part in (entry.source, f"no recipe: {entry.reason}", f"instead: {entry.residue}"):
+            assert " ".join(part.split()) in one_line
+
+
+def test_methods_say_what_differs_from_clip():
+    shown = " ".join(clipfleet("methods").stdout.split())
+    assert "transform hopfield; estimator loob; temperature fixed init=0.03333" in shown
+    found = json.loads(clipfleet("methods", "--json").stdout)
+    assert [row["name"] for row in found["methods"]] == list(METHODS)
+    slots = {row["name"]: row["slots"] for row in found["methods"]}
+    assert slots["clip"] == {}
+    assert slots["cloob"] == {
+        "transform.kind": "hopfield",
+        "estimator.kind": "loob",
+        "temperature.policy": "fixed",
+        "temperature.init": 1 / 30,
+    }
+    # A further table always says what is made of it, and else only what differs from a plain one.
+    assert slots["local_mi"]["extra_tables.global.estimator.kind"] == "ce"
+    assert "extra_tables.global.weight" not in slots["local_mi"]
+    assert [row["name"] for row in found["without_recipe"]] == list(WITHOUT_RECIPE)
+    assert all(row["reason"] and row["residue"] for row in found["without_recipe"])
 
 
 def test_a_methods_card_shows_its_space():
-    shown = clipfleet("methods", "cloob").output
+    shown = clipfleet("methods", "show", "cloob").stdout
     assert "2110.11316" in shown
-    assert "method.transform.beta" in shown
+    assert "evidence: official" in shown
+    assert "Each direction has its own memory" in shown
+    assert "method.transform.beta    8        log [2, 32]" in shown
+    found = json.loads(clipfleet("methods", "show", "cloob", "--json").stdout)
+    assert (found["name"], found["transform"]["kind"]) == ("cloob", "hopfield")
+    assert found["space"]["method.transform.beta"] == "log [2, 32]"
+    assert found["card"].startswith("CLOOB: ")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_shown(name: str):
+    result = clipfleet("methods", "show", name)
+    assert result.exit_code == 0, result.output
+    assert METHODS[name].source in result.stdout
+    first_words = " ".join(CARDS[name].split()[:6])
+    assert first_words in " ".join(result.stdout.split())
+
+
+def test_an_entry_without_recipe_says_why_and_what_can_be_had():
+    name, entry = next(iter(WITHOUT_RECIPE.items()))
+    shown = " ".join(clipfleet("methods", "show", name).stdout.split())
+    assert f"no recipe: {entry.reason}" in shown
+    assert entry.residue in shown
+    assert json.loads(clipfleet("methods", "show", name, "--json").stdout) == dataclasses.asdict(entry)
 
 
 def test_an_unknown_method_names_the_nearest():
-    assert "unknown method 'clob'; did you mean 'cloob'?" in refusal("methods", "clob")
+    assert "unknown method 'clob'; did you mean 'cloob'?" in refusal("methods", "show", "clob")
+    missing = next(iter(WITHOUT_RECIPE))
+    assert f"did you mean '{missing}'?" in refusal("methods", "show", missing[:-1])
     assert "did you mean 'cloob'?" in refusal("sweep", "--methods", "clip,clob", "--dry-run")
     assert "did you mean 'cloob'?" in refusal("pretrain", "--method", "clob", "--dry-run")
 
