@@ -304,11 +304,7 @@ def fit_prompts(
         # untrained, the class embeddings are the same for every image
         hardest_C = hardest_other_class(learner(images[:1], encode_prompts)[0])
     weights = list(learner.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [learner.context, *learner.bias.parameters()]},
-        {"params": [learner.intervention], "lr": settings.intervention_rate},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
+    optimizer = _optimizer(learner, settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
     losses = []
     for _ in range(settings.num_steps):
@@ -329,6 +325,14 @@ def fit_prompts(
         schedule.step()
         losses.append(loss.detach())
     return FittedPrompts(learner.requires_grad_(False), encode_prompts, tuple(torch.stack(losses).tolist()))
+
+
+def _optimizer(learner: PromptLearner, settings: PromptSettings) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": [learner.context, *learner.bias.parameters()]},
+        {"params": [learner.intervention], "lr": settings.intervention_rate},
+    ]
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
 
 
 class _ShotDraws:
