@@ -7,13 +7,19 @@ from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.gather import SingleProcess
+from models.features import PairFeatures
+from models.gather import Gather, SingleProcess
+from models.memory import FeatureQueue
 from models.objective import LossReport, Objective
 from models.outputs import NUM_TAGS, PairBatch, PairOutputs, TeacherOutputs
 from models.pair_model import PairModel
-from models.recipe import MethodRecipe
+from models.pair_table import PairTable
+from models.prototypes import Prototypes, cluster_pairs
+from models.recipe import MethodRecipe, TableRecipe
+from models.table_state import TableState
+from models.tables import Scale, directions
 from models.teacher import EmaTeacher, select_tokens
 from models.towers import TowerSettings, build_clip
 from models.widths import Widths
@@ -33,8 +39,10 @@ TOWERS = TowerSettings(
     max_tokens=16,
 )
 TEXT = TextSpec(vocab_size=64, pad_id=0, start_id=1, end_id=2)
-# Rows of the training split: at least as many as the largest clustering of the catalogue has prototypes.
-NUM_ROWS = 64
+# Rows of the training split: several for each prototype of the catalogue's largest clustering.
+NUM_ROWS = 200
+NUM_QUEUED = 24
+SINGLE = SingleProcess()
 # Longest first: halves and quarters of a batch are padded to different lengths.
 LENGTHS = (11, 9, 8, 8, 7, 5, 4, 3)
 
@@ -120,8 +128,8 @@ def _with_more_texts(batch: PairBatch, num_texts: int, g: torch.Generator) -> Pa
 _SECOND_AXIS = {"view_boxes", "selection_noise", "token_ids", "is_real_token", "is_text"}
 
 
-def rows_of(batch: PairBatch, rows: slice) -> PairBatch:
-    """The share of one worker, its texts padded to their own longest."""
+def rows_of(batch: PairBatch, rows: slice | Tensor) -> PairBatch:
+    """Some pairs, the share of one worker for example, their texts padded to their own longest."""
     cut = {
         f.name: getattr(batch, f.name)[:, rows] if f.name in _SECOND_AXIS else getattr(batch, f.name)[rows]
         for f in fields(batch)
@@ -209,6 +217,28 @@ def given_features(
     )
 
 
+def tables_of(
+    recipe: TableRecipe,
+    outputs: PairOutputs,
+    batch: PairBatch | None = None,
+    *,
+    inverse_temperature: float | Tensor = 1.0,
+    bias: float = 0.0,
+    gather: Gather = SINGLE,
+) -> dict[str, PairTable]:
+    """The whole table of each direction, from view 0 of given features."""
+    width = outputs.image_embeds.shape[2]
+    num_patches = outputs.image_tokens.shape[2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = TableState(recipe, width=width, num_patches=num_patches, num_rows=NUM_ROWS).double()
+    batch = batch or make_batch([4] * outputs.image_embeds.shape[1])
+    features = PairFeatures(outputs, batch, None, gather)
+    scale = Scale(torch.as_tensor(inverse_temperature), torch.tensor(bias, dtype=torch.float64))
+    found = directions(recipe, state, features, view=0, scale=scale, max_rows=None)
+    return {name: only.rows(slice(0, only.num_queries)) for name, [only] in found.items()}
+
+
 def report_of_features(
     recipe: MethodRecipe,
     outputs: PairOutputs,
@@ -218,8 +248,29 @@ def report_of_features(
 ) -> LossReport:
     """Loss and terms of a method from features alone, in one process."""
     batch = batch or make_batch([4] * outputs.image_embeds.shape[1])
-    report: LossReport = build_objective(recipe, outputs)(outputs, batch, teacher, SingleProcess())
+    report: LossReport = build_objective(recipe, outputs)(outputs, batch, teacher, SINGLE)
     return report
+
+
+def remember_something(objective: Objective, seed: int = 0) -> None:
+    """Fill queues and set prototypes, as earlier batches and epochs would have."""
+    for name, table in objective.recipe.tables.items():
+        memory = objective.state_of(name).memory
+        if isinstance(memory, nn.ModuleDict):
+            for number, queue in enumerate(memory.values()):
+                assert isinstance(queue, FeatureQueue)
+                queue.push_(unit(NUM_QUEUED, queue.rows.shape[1], seed=seed + number))
+        elif isinstance(memory, Prototypes):
+            assignment = memory.get_buffer("sets.0.assignment")
+            width = memory.get_buffer("sets.0.image_centroids").shape[1]
+            images, texts = (unit(len(assignment), width, seed=seed + number) for number in range(2))
+            temperature = table.temperature.init
+            memory.set_(
+                [
+                    cluster_pairs(images, texts, num_clusters=count, temperature=temperature, seed=seed)
+                    for count in table.candidates.num_clusters
+                ]
+            )
 
 
 def loss_of_features(recipe: MethodRecipe, outputs: PairOutputs, batch: PairBatch | None = None) -> Tensor:
@@ -239,5 +290,5 @@ def forward(model: PairModel, batch: PairBatch) -> LossReport:
             for view, noise in zip(scores, batch.selection_noise, strict=True)
         ]
         kept = torch.stack(chosen)
-    report: LossReport = model(batch, kept, teacher, SingleProcess())
+    report: LossReport = model(batch, kept, teacher, SINGLE)
     return report

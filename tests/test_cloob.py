@@ -8,17 +8,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.estimators import InfoLOOB
-from models.gather import SingleProcess
+from models.features import PairFeatures
+from models.gather import Gather, SingleProcess
 from models.methods.cloob import CLOOB
 from models.methods.tier import TIER
-from models.pair_model import table_loss
 from models.pair_table import PairTable
-from models.recipe import MethodRecipe, Regularisers, Temperature, TokenEntropy, Transform
+from models.recipe import MethodRecipe
 from models.retrieval import hopfield_retrieval
-from models.similarities import IMAGE_TO_TEXT, TEXT_TO_IMAGE, PairFeatures, gather_features, pair_tables
+from models.table_slots import Temperature, Transform
+from models.table_targets import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from models.tables import Scale, table_loss
+from models.training_slots import Regularisers, TokenEntropy
+from tests.fake_gather import run_workers
 from tests.golden_files import GOLDEN, assert_golden, leaf, tensors
 from tests.oracles.contrastive import LoopTable, loop_cloob, loop_loob
-from tests.pair_fixture import given_features, loss_of_features, make_batch, unit
+from tests.pair_fixture import (
+    build_objective,
+    given_features,
+    loss_of_features,
+    make_batch,
+    tables_of,
+    unit,
+)
 
 CASES = sorted(path.stem for path in GOLDEN.glob("cloob_*.npz"))
 LAMBDAS = {"token_over_patches": 0.2, "patch_over_tokens": 0.1}
@@ -33,16 +44,15 @@ def cloob(*, beta: float | Tensor, inverse_temperature: float) -> MethodRecipe:
 
 
 def tables(recipe: MethodRecipe, image: Tensor, text: Tensor, scale: Tensor) -> dict[str, PairTable]:
-    features = gather_features(given_features(image, text), SingleProcess())[0]
-    batch = make_batch([4] * len(text))
-    return pair_tables(recipe, features, batch, gather=SingleProcess(), inverse_temperature=scale)
+    return tables_of(recipe, given_features(image, text), inverse_temperature=scale)
 
 
 def released_loss(recipe: MethodRecipe, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """The authors' loss: the sum of both directions times the temperature."""
-    features = gather_features(given_features(image, text), SingleProcess())[0]
-    batch = make_batch([4] * len(text))
-    ours = table_loss(recipe, features, batch, gather=SingleProcess(), inverse_temperature=scale)
+    outputs = given_features(image, text)
+    features = PairFeatures(outputs, make_batch([4] * len(text)), None, SingleProcess())
+    state = build_objective(recipe, outputs).state_of("main")
+    ours = table_loss(recipe, state, features, view=0, scale=Scale(scale, scale.new_zeros(())), max_rows=None)
     return 2 / scale * ours
 
 
@@ -122,34 +132,22 @@ def test_tables_and_loss_equal_the_loops():
     assert not torch.allclose(found[IMAGE_TO_TEXT].scores, found[TEXT_TO_IMAGE].scores.T)
 
 
-class ScriptedGather:
-    """One worker of several in one process: hands out whole tensors, call by call."""
-
-    def __init__(self, rank: int, world: int, *wholes: Tensor) -> None:
-        self.rank, self.world, self.wholes = rank, world, list(wholes)
-
-    def __call__(self, local: Tensor) -> Tensor:
-        return self.wholes.pop(0)
-
-
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_local_losses_equal_the_derived_rows(world):
     golden = tensors("derived_cloob_rows_B16")
     x, y, scale = golden["x_unit"], golden["y_unit"], golden["inv_tau"]
     recipe = cloob(beta=golden["beta"].item(), inverse_temperature=scale.item())
-    keys = [hopfield_retrieval(a, b, beta=golden["beta"].item()) for a, b in ((y, x), (x, y))]
-    size, local = 16 // world, []
-    for rank in range(world):
-        mine = slice(rank * size, (rank + 1) * size)
-        features = PairFeatures(x[mine], y[mine], x[mine, None], all_image=x, all_text=y)
-        gather = ScriptedGather(rank, world, *keys)
-        found = pair_tables(
-            recipe, features, make_batch([4] * size), gather=gather, inverse_temperature=scale
-        )
-        images, texts = (InfoLOOB().rows(found[key])[:, 0] / scale for key in (IMAGE_TO_TEXT, TEXT_TO_IMAGE))
-        assert_golden(images, golden["img_rows"][mine])
-        assert_golden(texts, golden["txt_rows"][mine])
-        local.append(images.mean() + texts.mean())
+    size = 16 // world
+
+    def rows_of(gather: Gather) -> dict[str, Tensor]:
+        mine = slice(gather.rank * size, (gather.rank + 1) * size)
+        found = tables_of(recipe, given_features(x[mine], y[mine]), inverse_temperature=scale, gather=gather)
+        return {name: InfoLOOB().rows(table)[:, 0] / scale for name, table in found.items()}
+
+    found = run_workers(world, rows_of)
+    local = [rows[IMAGE_TO_TEXT].mean() + rows[TEXT_TO_IMAGE].mean() for rows in found]
+    assert_golden(torch.cat([rows[IMAGE_TO_TEXT] for rows in found]), golden["img_rows"])
+    assert_golden(torch.cat([rows[TEXT_TO_IMAGE] for rows in found]), golden["txt_rows"])
     assert_golden(torch.stack(local).mean(), golden["loss"])
     if world > 1:
         assert_golden(torch.stack(local), golden[f"local_loss_W{world}"])
@@ -205,5 +203,5 @@ def test_refuses_one_pair_and_retrieval_of_regions():
     x = unit(1, 4)
     with pytest.raises(ValueError, match="at least 2 candidates, got 1; raise the global batch size"):
         loss_of_features(CLOOB, given_features(x, x))
-    with pytest.raises(ValueError, match=r"works on global features; with region_pool.kind=max set"):
+    with pytest.raises(ValueError, match=r"works on global features; with region_pool.kind=max and"):
         replace(CLOOB, region_pool=replace(CLOOB.region_pool, kind="max"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.encoder import encode_pairs
 from models.estimators import DonskerVaradhan, InfoNCE, JensenShannon
-from models.gather import SingleProcess
 from models.guidance import hashed_words, mean_unit_tokens
 from models.methods.aclip import ACLIP
 from models.methods.catalogue import METHODS
@@ -16,17 +16,10 @@ from models.methods.local_mi import LOCAL_MI
 from models.methods.softclip import SOFTCLIP
 from models.methods.tier import TIER
 from models.outputs import at_least_float32
-from models.recipe import (
-    Candidates,
-    Directions,
-    Features,
-    RegionPool,
-    Regularisers,
-    TableRecipe,
-    Temperature,
-    TokenEntropy,
-)
+from models.recipe import TableRecipe
+from models.table_slots import Candidates, Directions, RegionPool, Temperature
 from models.targets import bisect_temperature
+from models.training_slots import Features, Regularisers, TokenEntropy
 from tests.golden_files import leaf
 from tests.oracles.contrastive import (
     LoopTable,
@@ -40,14 +33,18 @@ from tests.oracles.contrastive import (
 from tests.oracles.softclip import loop_soft_targets
 from tests.oracles.tier import loop_entropies, loop_means
 from tests.pair_fixture import (
+    SINGLE,
     TEXT,
     build_model,
+    build_objective,
     draw,
     forward,
     given_features,
     loss_of_features,
     make_batch,
     padded,
+    remember_something,
+    report_of_features,
     rows_of,
     unit,
 )
@@ -98,7 +95,7 @@ def test_local_mutual_information_equals_the_loops(kind, estimator, loop):
 
 def test_softclip_equals_the_loops():
     """Images guide the first direction, words the second, each at a temperature of its own."""
-    words = hashed_words(BATCH.token_ids, BATCH.is_real_token).double()
+    words = hashed_words(BATCH.token_ids[0], BATCH.is_real_token[0]).double()
     expected = 0.0
     for guidance, cosines in ((mean_unit_tokens(PATCHES), X @ Y.T), (words, Y @ X.T)):
         similarities = guidance @ guidance.T
@@ -115,9 +112,9 @@ def test_softclip_equals_the_loops():
 
 def test_tier_adds_the_entropies_of_real_words():
     words = draw(B, 4, 4, seed=3)
-    outputs = given_features(X, Y, patches=PATCHES, words=words)
-    outputs = replace(outputs, is_real_token=torch.arange(4) < torch.tensor([4, 3, 2, 4, 1, 3])[:, None])
-    masked = build_model(TIER).loss(outputs, BATCH, None, SingleProcess())
+    is_word = torch.arange(4) < torch.tensor([4, 3, 2, 4, 1, 3])[:, None]
+    outputs = given_features(X, Y, patches=PATCHES, words=words, is_word=is_word)
+    masked = report_of_features(TIER, outputs, BATCH)
     cosines = torch.einsum("btd,bpd->btp", F.normalize(words, dim=2), F.normalize(PATCHES, dim=2))
     loops = loop_entropies(cosines, is_real_token=outputs.is_real_token)
     for name, weight, loop in zip(
@@ -127,33 +124,29 @@ def test_tier_adds_the_entropies_of_real_words():
     assert masked.loss.item() == pytest.approx(sum(term.item() for term in masked.terms.values()))
     entropy = TokenEntropy(padding="counted", patch_over_tokens=0.2)
     counted = replace(TIER, regularisers=Regularisers(token_entropy=entropy))
-    other = build_model(counted).loss(outputs, BATCH, None, SingleProcess())
+    other = report_of_features(counted, outputs, BATCH)
     assert abs(other.terms["patch_over_tokens"] - masked.terms["patch_over_tokens"]) > 0.01
 
 
 def test_the_loss_is_the_sum_of_its_terms_and_tables_have_weights():
-    report = build_model(LOCAL_MI).loss(given_features(X, Y, patches=PATCHES), BATCH, None, SingleProcess())
+    report = report_of_features(LOCAL_MI, given_features(X, Y, patches=PATCHES), BATCH)
     assert set(report.terms) == {"main", "global"}
     assert report.loss.item() == pytest.approx(report.terms["main"].item() + report.terms["global"].item())
     assert report.terms["global"].item() == pytest.approx(loss(CLIP).item())
     doubled = replace(LOCAL_MI, weight=2.0, extra_tables={"global": TableRecipe(weight=0.5)})
-    found = build_model(doubled).loss(given_features(X, Y, patches=PATCHES), BATCH, None, SingleProcess())
+    found = report_of_features(doubled, given_features(X, Y, patches=PATCHES), BATCH)
     assert found.terms["main"].item() == pytest.approx(2 * report.terms["main"].item())
     assert found.terms["global"].item() == pytest.approx(0.5 * report.terms["global"].item())
 
 
 def test_views_are_averaged():
     two = replace(CLIP, features=Features(num_views=2))
-    outputs = given_features(X, Y)
-    views = [X, unit(B, 4, seed=5)]
-    both = replace(
-        outputs,
-        image_embeds=torch.stack(views),
-        image_tokens=torch.stack([v[:, None] for v in views]),
-        image_features=torch.stack(views),
-    )
-    expected = 0.5 * sum(loss(CLIP, image=v) for v in views)
-    torch.testing.assert_close(loss_of_features(two, both), expected)
+    views = torch.stack([X, unit(B, 4, seed=5)])
+    expected = 0.5 * sum(loss(CLIP, image=view) for view in views)
+    torch.testing.assert_close(loss_of_features(two, given_features(views, Y)), expected)
+    first = loss_of_features(replace(two, views="first"), given_features(views, Y))
+    torch.testing.assert_close(first, loss(CLIP))
+    assert abs(first - expected) > 0.01
 
 
 @pytest.mark.parametrize("name", ["local_mi", "tier", "softclip"])
@@ -164,45 +157,50 @@ def test_the_order_of_patches_is_irrelevant(name):
     assert not torch.isclose(loss(METHODS[name], patches=PATCHES.roll(1, 0), words=words), whole)
 
 
+def model_and_batch(recipe):
+    """A model that remembers earlier batches where its method does, and a batch for it."""
+    model = build_model(recipe)
+    remember_something(model.objective)
+    return model, make_batch(num_views=recipe.features.num_views, num_texts=recipe.features.num_texts)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_order_of_pairs_is_irrelevant(name):
-    recipe = METHODS[name]
-    model, batch = build_model(recipe), make_batch(num_views=recipe.features.num_views)
-    order = torch.tensor([3, 1, 4, 0, 6, 2, 7, 5])
-    per_view = {"view_boxes", "selection_noise"}
-    shuffled = replace(
-        batch,
-        **{key: value[:, order] if key in per_view else value[order] for key, value in vars(batch).items()},
-    )
+    model, batch = model_and_batch(METHODS[name])
+    shuffled = rows_of(batch, torch.tensor([3, 1, 4, 0, 6, 2, 7, 5]))
     whole = forward(model, batch).loss
     torch.testing.assert_close(forward(model, shuffled).loss, whole)
     broken = replace(shuffled, images=batch.images)
     assert not torch.isclose(forward(model, broken).loss, whole)
 
 
-@pytest.mark.parametrize("name", METHODS)
+COUNT_PADDING = {n for n, r in METHODS.items() if r.regularisers.token_entropy.padding == "counted"}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in COUNT_PADDING])
 def test_padding_has_no_say_and_gets_no_gradient(name):
-    recipe = METHODS[name]
-    model, filler = build_model(recipe), TEXT.vocab_size - 1
-    batch = make_batch(num_views=recipe.features.num_views)
+    model, batch = model_and_batch(METHODS[name])
+    filler, padding = TEXT.vocab_size - 1, TEXT.pad_id
     batch = replace(batch, token_ids=batch.token_ids.masked_fill(batch.token_ids == filler, 5))
     short = forward(model, batch).loss
     report = forward(model, padded(batch, 4, filler))
-    torch.testing.assert_close(report.loss, short, atol=1e-13, rtol=0)
+    torch.testing.assert_close(report.loss, short, atol=1e-13, rtol=1e-13)
     report.loss.backward()
-    embeddings = model.text.text.embeddings
-    assert embeddings.token_embedding.weight.grad[filler].abs().max() == 0
-    assert embeddings.position_embedding.weight.grad[batch.token_ids.shape[1] :].abs().max() == 0
-    assert embeddings.token_embedding.weight.grad[5].abs().max() > 0
+    embeddings = model.encoder.text.text.embeddings
+    tokens = embeddings.token_embedding.weight.grad
+    if not model.recipe.heads.masked_tokens.weight:  # it replaces some words by any token
+        assert tokens[filler].abs().max() == 0
+    # where padding stands for a masked word it does learn
+    assert (tokens[padding].abs().max() > 0) == (model.recipe.heads.masked_tokens.weight > 0)
+    assert embeddings.position_embedding.weight.grad[batch.token_ids.shape[2] :].abs().max() == 0
+    assert tokens[5].abs().max() > 0
 
 
 def test_counted_padding_does_change_the_loss():
     """The control: what TIER's released code does."""
-    entropy = TokenEntropy(token_over_patches=0.1, patch_over_tokens=0.2, padding="counted")
-    model = build_model(replace(TIER, regularisers=Regularisers(token_entropy=entropy)))
-    batch = make_batch()
-    difference = forward(model, padded(batch, 4, 9)).loss - forward(model, batch).loss
-    assert difference.abs() > 1e-3
+    assert {"tier_release"} == COUNT_PADDING
+    model, batch = model_and_batch(METHODS["tier_release"])
+    assert (forward(model, padded(batch, 4, 9)).loss - forward(model, batch).loss).abs() > 1e-3
 
 
 def test_pairs_of_one_group_do_not_repel_each_other():
@@ -234,9 +232,10 @@ def test_tables_are_float32_under_bf16_autocast(name):
     recipe = METHODS[name]
     extra = {key: replace(table, estimator=TypeSpy()) for key, table in recipe.extra_tables.items()}
     model = build_model(replace(recipe, estimator=TypeSpy(), extra_tables=extra)).float()
-    batch = make_batch(num_views=recipe.features.num_views)
+    remember_something(model.objective)
+    batch = make_batch(num_views=recipe.features.num_views, num_texts=recipe.features.num_texts)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.encode(batch, None).image_tokens.dtype == torch.bfloat16
+        assert encode_pairs(model.encoder, recipe, batch, None).image_tokens.dtype == torch.bfloat16
         report = forward(model, batch)
     assert report.loss.dtype == torch.float32
     assert all(term.dtype == torch.float32 for term in report.terms.values())
@@ -259,40 +258,50 @@ def test_temperatures_follow_their_policy():
         "fixed": TableRecipe(temperature=Temperature(policy="fixed", init=0.5)),
         "shared": TableRecipe(temperature=Temperature(policy="shared")),
     }
-    model = build_model(replace(CLIP, extra_tables=tables))
-    assert set(model.log_inverse_temperatures) == {"main", "own"}
-    report = model.loss(given_features(X, Y), BATCH, None, SingleProcess())
+    outputs = given_features(X, Y)
+    objective = build_objective(replace(CLIP, extra_tables=tables), outputs)
+    learned = {"tables.main.log_inverse_temperature", "tables.own.log_inverse_temperature"}
+    assert {name for name, _ in objective.named_parameters()} == learned
+    report = objective(outputs, BATCH, None, SINGLE)
     found = {name: report.diagnostics[f"temperature/{name}"].item() for name in ("main", *tables)}
     assert found == pytest.approx({"main": 0.07, "own": 0.2, "fixed": 0.5, "shared": 0.07}, rel=1e-6)
     with torch.no_grad():
-        model.log_inverse_temperatures["main"].fill_(9.0)
-        model.log_inverse_temperatures["own"].fill_(-1.0)
-    model.clamp_temperatures()
-    assert model.inverse_temperature("shared", X).item() == pytest.approx(100.0)
-    assert model.inverse_temperature("own", X).item() == pytest.approx(1.0)
+        objective.state_of("main").log_inverse_temperature.fill_(9.0)
+        objective.state_of("own").log_inverse_temperature.fill_(-1.0)
+    objective.finish_step()
+    found = {name: objective.scale(name, X).inverse_temperature.item() for name in ("main", *tables)}
+    assert found == pytest.approx({"main": 100.0, "own": 1.0, "fixed": 2.0, "shared": 100.0})
 
 
 def test_embeddings_of_both_towers_have_unit_length():
     for recipe in (CLIP, TIER):
-        outputs = build_model(recipe).encode(make_batch(), None)
-        for embeds in (outputs.image_embeds[0], outputs.text_embeds):
+        outputs = encode_pairs(build_model(recipe).encoder, recipe, make_batch(), None)
+        for embeds in (outputs.image_embeds[0], outputs.text_embeds[0]):
             torch.testing.assert_close(embeds.norm(dim=1), torch.ones(8, dtype=torch.float64))
     mean = F.normalize(outputs.image_tokens[0].mean(1), dim=1)
     torch.testing.assert_close(outputs.image_embeds[0], mean)
 
 
+# Earlier batches give them candidates.
+REMEMBERING = {name for name, recipe in METHODS.items() if recipe.candidates.kind in ("queue", "memory")}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_of_one_pair_is_refused(name):
     recipe = METHODS[name]
-    batch = make_batch([5], num_views=recipe.features.num_views)
+    model = build_model(recipe)
+    remember_something(model.objective)
+    batch = make_batch([5], num_views=recipe.features.num_views, num_texts=recipe.features.num_texts)
+    if name in REMEMBERING:
+        assert forward(model, batch).loss > 0
+        return
     with pytest.raises(ValueError, match=r"at least 2 candidates, got 1|for 1 candidates"):
-        forward(build_model(recipe), batch)
+        forward(model, batch)
 
 
 def test_refusals():
-    batch = make_batch(num_views=2)
     with pytest.raises(ValueError, match="byol needs the EMA teacher's features, got none"):
-        build_model(ACLIP)(batch, None, None, SingleProcess())
+        build_model(ACLIP)(make_batch(num_views=2), None, None, SINGLE)
     hard = replace(SOFTCLIP, targets=CLIP.targets, extra_tables={})
     with pytest.raises(ValueError, match=r"'kl' needs soft targets; set targets.kind=soft or use"):
         loss(hard)
