@@ -101,7 +101,7 @@ class Prototypes(nn.Module):
         release repeats it and so makes a positive its own negative.
     """
 
-    is_ready: Tensor
+    epoch: Tensor
 
     def __init__(self, num_rows: int, num_clusters: tuple[int, ...], width: int) -> None:
         """
@@ -121,19 +121,29 @@ class Prototypes(nn.Module):
         super().__init__()
         self.num_clusters = num_clusters
         self.sets = nn.ModuleList(_PrototypeSet(num_rows, count, width) for count in num_clusters)
-        self.register_buffer("is_ready", torch.zeros((), dtype=torch.bool))
+        # Of training, counted from 0, for which these were found; -1 before the first.
+        self.register_buffer("epoch", torch.full((), -1, dtype=torch.int64))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are prototypes yet."""
+        return int(self.epoch) >= 0
 
     @torch.no_grad()
-    def set_(self, found: Sequence[PairClusters]) -> None:
+    def set_(self, found: Sequence[PairClusters], *, epoch: int = 0) -> None:
         """Replace every clustering; call it with the same clusters on every worker, between steps.
 
         Args:
             found: one per entry of `num_clusters`, in that order; `cluster_pairs` makes them.
+            epoch: of training in which they will be used, >= 0; a resumed run reads it to know whether they
+                are still the right ones.
 
         Raises:
-            ValueError: another number of clusterings, other shapes, an assignment out of range or a
-                concentration <= 0. Nothing is changed then.
+            ValueError: another number of clusterings, other shapes, an assignment out of range, a
+                concentration <= 0 or an epoch < 0. Nothing is changed then.
         """
+        if epoch < 0:
+            raise ValueError(f"epoch must be >= 0, got {epoch}")
         if len(found) != len(self.sets):
             raise ValueError(f"{len(self.sets)} clusterings are needed, got {len(found)}")
         for number, clusters in enumerate(found):
@@ -141,7 +151,7 @@ class Prototypes(nn.Module):
         for number, clusters in enumerate(found):
             for name, buffer in self._set(number).named_buffers():
                 buffer.copy_(getattr(clusters, name))
-        self.is_ready.fill_(True)
+        self.epoch.fill_(epoch)
 
     def noise(self, draw_keys_N: Tensor) -> tuple[Tensor, ...]:
         """Uniform numbers for the draw of each clustering, [K] each, from the keys of the global batch.
@@ -180,7 +190,7 @@ class Prototypes(nn.Module):
         Raises:
             ValueError: `set_` was never called.
         """
-        if not bool(self.is_ready):
+        if not self.is_ready:
             raise ValueError("the prototypes are not set; cluster the training split before using them")
         chosen = self._set(number)
         columns_C, positive_B = prototype_columns(

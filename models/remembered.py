@@ -103,7 +103,7 @@ def _memory_table(
 def _prototype_tables(
     recipe: TableRecipe, memory: Prototypes, features: PairFeatures, queries: Tensor, side: Side
 ) -> list[PairTable]:
-    if not bool(memory.is_ready):
+    if not memory.is_ready:
         return []
     noise = memory.noise(features.all_keys("draw_keys"))
     return [

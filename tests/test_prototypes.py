@@ -232,7 +232,7 @@ def test_setting_again_does_not_touch_a_table_in_use():
     queries = unit_rows(4, 4, seed=1).requires_grad_()
     index = torch.arange(4)
     table = table_of(prototypes, queries, index, uniform=torch.rand(7, generator=generator(0)), num_others=3)
-    prototypes.set_([clusters(20, 7, 4, seed=50)])
+    prototypes.set_([clusters(20, 7, 4, seed=50)], epoch=1)
     loss(table).backward()
     assert queries.grad is not None
 
@@ -262,7 +262,7 @@ class State(torch.nn.Module):
         log_z = self.bank.log_normaliser_("image", table.masked_scores().logsumexp(1).mean())
         value = loss(table) + log_z + self.bank.draw(index)[0].sum()
         if number == 1:
-            self.prototypes.set_([clusters(16, 5, 4), clusters(16, 3, 4, seed=7)])
+            self.prototypes.set_([clusters(16, 5, 4), clusters(16, 3, 4, seed=7)], epoch=number)
         if self.prototypes.is_ready:
             uniform = self.prototypes.noise(index)[1]
             value = value + loss(
@@ -349,3 +349,11 @@ def test_unfit_clusters_are_refused_and_change_nothing(found, message):
     with pytest.raises(ValueError, match=message):
         prototypes.set_(found)
     assert not prototypes.is_ready
+
+
+def test_a_negative_epoch_would_mean_none():
+    prototypes = Prototypes(20, (7,), 4)
+    with pytest.raises(ValueError, match="epoch must be >= 0, got -1"):
+        prototypes.set_([GOOD], epoch=-1)
+    prototypes.set_([GOOD], epoch=3)
+    assert (int(prototypes.epoch), prototypes.is_ready) == (3, True)
