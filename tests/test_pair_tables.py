@@ -1,46 +1,23 @@
-"""Pair tables and how features become one: pools, candidates, targets, slots that refuse."""
+"""Pair tables and how features become one: region pools, excluded candidates, soft targets."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.estimators import InfoLOOB
-from models.gather import SingleProcess
+from models.features import PairFeatures
 from models.guidance import mean_unit_tokens
-from models.methods.aclip import ACLIP
 from models.methods.clip import CLIP
 from models.methods.cloob import CLOOB
 from models.pair_table import PairTable
-from models.recipe import (
-    BYOLHead,
-    Candidates,
-    Directions,
-    Features,
-    MethodRecipe,
-    RegionPool,
-    SimCLRHead,
-    TableRecipe,
-    Targets,
-    Teacher,
-    Temperature,
-    TokenEntropy,
-    TokenSelection,
-    Transform,
-)
-from models.similarities import (
-    IMAGE_TO_TEXT,
-    TEXT_TO_IMAGE,
-    gather_features,
-    pair_tables,
-    pool_regions,
-    retrieval_diagnostics,
-)
+from models.recipe import TableRecipe
+from models.similarities import pool_region_scores, retrieval_diagnostics
+from models.table_slots import Candidates, Directions, RegionPool, Targets
+from models.table_targets import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from models.targets import mean_off_diagonal_mass
 from tests.oracles.contrastive import loop_pool
-from tests.pair_fixture import draw, given_features, make_batch, unit
+from tests.pair_fixture import SINGLE, draw, given_features, make_batch, tables_of, unit
 
 B = 5
 X, Y, PATCHES = unit(B, 4), unit(B, 4, seed=1), draw(B, 6, 4, seed=2)
@@ -49,15 +26,8 @@ LSE = RegionPool(kind="lse", sharpness=7.0)
 POOLS = [RegionPool(kind="max"), RegionPool(kind="mean"), LSE]
 
 
-def features(image=X, text=Y, patches=PATCHES):
-    return gather_features(given_features(image, text, patches=patches), SingleProcess())[0]
-
-
-def tables(recipe: TableRecipe, batch=BATCH, scale: float = 3.0) -> dict[str, PairTable]:
-    inverse_temperature = torch.tensor(scale, dtype=torch.float64)
-    return pair_tables(
-        recipe, features(), batch, gather=SingleProcess(), inverse_temperature=inverse_temperature
-    )
+def tables(recipe: TableRecipe, batch=BATCH) -> dict[str, PairTable]:
+    return tables_of(recipe, given_features(X, Y, patches=PATCHES), batch, inverse_temperature=3.0)
 
 
 def test_a_square_table_has_its_pairs_on_the_diagonal():
@@ -95,15 +65,15 @@ def test_region_pools_equal_the_loop(pool):
     expected = torch.tensor(
         loop_pool(similarities, kind=pool.kind, sharpness=pool.sharpness), dtype=torch.float64
     )
-    torch.testing.assert_close(pool_regions(similarities, pool), expected)
-    assert not torch.allclose(pool_regions(-similarities, pool), expected)
+    torch.testing.assert_close(pool_region_scores(similarities, pool), expected)
+    assert not torch.allclose(pool_region_scores(-similarities, pool), expected)
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=lambda p: p.kind)
 def test_region_tables_score_unit_patches_and_transpose_each_other(pool):
     found = tables(TableRecipe(region_pool=pool))
     cosines = torch.einsum("bpd,nd->bpn", F.normalize(PATCHES, dim=2), Y)
-    torch.testing.assert_close(found[IMAGE_TO_TEXT].scores, 3.0 * pool_regions(cosines, pool))
+    torch.testing.assert_close(found[IMAGE_TO_TEXT].scores, 3.0 * pool_region_scores(cosines, pool))
     torch.testing.assert_close(found[TEXT_TO_IMAGE].scores, found[IMAGE_TO_TEXT].scores.T)
 
 
@@ -111,16 +81,16 @@ def test_region_tables_score_unit_patches_and_transpose_each_other(pool):
 def test_the_order_of_patches_is_irrelevant(pool):
     similarities = draw(3, 6, 4)
     shuffled = similarities[:, [5, 3, 1, 0, 2, 4]]
-    torch.testing.assert_close(pool_regions(shuffled, pool), pool_regions(similarities, pool))
+    torch.testing.assert_close(pool_region_scores(shuffled, pool), pool_region_scores(similarities, pool))
 
 
 def test_log_sum_exp_lies_between_mean_and_maximum():
     similarities = draw(3, 6, 4).tanh()
-    lowest = pool_regions(similarities, RegionPool(kind="lse", sharpness=1e-6))
+    lowest = pool_region_scores(similarities, RegionPool(kind="lse", sharpness=1e-6))
     torch.testing.assert_close(lowest, similarities.mean(1), atol=1e-6, rtol=0)
-    highest = pool_regions(similarities, RegionPool(kind="lse", sharpness=1e5))
+    highest = pool_region_scores(similarities, RegionPool(kind="lse", sharpness=1e5))
     torch.testing.assert_close(highest, similarities.amax(1), atol=1e-4, rtol=0)
-    between = pool_regions(similarities, LSE)
+    between = pool_region_scores(similarities, LSE)
     assert ((similarities.mean(1) < between) & (between < similarities.amax(1))).all()
 
 
@@ -164,7 +134,7 @@ def test_guidance_of_each_direction(chosen, direction, guidance):
 
 
 def test_texts_with_the_same_words_share_their_target():
-    batch = replace(BATCH, token_ids=BATCH.token_ids[[0, 1, 2, 3, 0]])
+    batch = replace(BATCH, token_ids=BATCH.token_ids[:, [0, 1, 2, 3, 0]])
     table = tables(TableRecipe(targets=Targets(kind="soft", mixing=1.0)), batch)[TEXT_TO_IMAGE]
     targets = table.log_targets.exp()
     torch.testing.assert_close(targets[0], targets[4])
@@ -173,53 +143,13 @@ def test_texts_with_the_same_words_share_their_target():
 
 
 def test_retrieval_is_watched_only_where_it_happens():
-    assert retrieval_diagnostics(CLIP, features()) == {}
-    found = retrieval_diagnostics(CLOOB, features())
+    features = PairFeatures(given_features(X, Y), BATCH, None, SINGLE)
+    assert retrieval_diagnostics(CLIP, features) == {}
+    found = retrieval_diagnostics(CLOOB, features)
     assert set(found) == {"retrieved_images", "retrieved_texts"}
     assert all(1 < value < B for value in found.values())
 
 
-def recipe(**slots) -> MethodRecipe:
-    return MethodRecipe(name="x", source="x", evidence="derived", **slots)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: pool_regions(draw(1, 2, 3), RegionPool()), "region_pool.kind=global pools no regions"),
-        (lambda: Transform(kind="hopfield", beta=0.0), "beta must be > 0, got 0.0"),
-        (lambda: RegionPool(kind="lse", sharpness=-1.0), "sharpness must be > 0, got -1.0"),
-        (lambda: Features(num_views=0), "num_views must be > 0, got 0"),
-        (lambda: TokenSelection(keep_ratio=1.5), "keep_ratio must be between 0 and 1, got 1.5"),
-        (lambda: TokenSelection(keep_ratio=0.0), "keep_ratio must be > 0, got 0.0"),
-        (lambda: Teacher(decay=-0.1), "decay must be between 0 and 1, got -0.1"),
-        (lambda: Targets(mixing=2.0), "mixing must be between 0 and 1, got 2.0"),
-        (lambda: Targets(off_diagonal_mass=1.0), "off_diagonal_mass must be strictly between 0 and 1"),
-        (lambda: Directions(image_to_text=-1.0), "weights must be >= 0 and not both 0, got image_to_text=-1"),
-        (lambda: Directions(image_to_text=0, text_to_image=0), "not both 0"),
-        (lambda: Temperature(init=0.0), "init must be > 0, got 0.0"),
-        (lambda: Temperature(init=0.001), "must start between minimum=0.01 and 1, got 0.001"),
-        (lambda: Temperature(policy="learned", init=2.0), "must start between minimum=0.01 and 1, got 2.0"),
-        (lambda: TokenEntropy(temperature=0.0), "temperature must be > 0, got 0.0"),
-        (lambda: SimCLRHead(temperature=0.0), "temperature must be > 0, got 0.0"),
-        (lambda: BYOLHead(hidden_ratio=0.0), "hidden_ratio must be > 0, got 0.0"),
-        (
-            lambda: TableRecipe(transform=Transform(kind="hopfield"), region_pool=RegionPool(kind="mean")),
-            "Hopfield retrieval works on global features; with region_pool.kind=mean set transform.kind=none",
-        ),
-        (lambda: recipe(temperature=Temperature(policy="shared")), "policy=shared is for extra tables"),
-        (
-            lambda: TableRecipe(targets=Targets(kind="soft"), estimator=InfoLOOB()),
-            r"estimator.kind=loob knows pairs and negatives only and would ignore targets.kind=soft",
-        ),
-        (lambda: replace(ACLIP, features=Features()), "simclr contrasts 2 views, got features.num_views=1"),
-    ],
-)
-def test_refusals(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_a_fixed_temperature_may_be_anything_positive():
-    assert Temperature(policy="fixed", init=2.0).init == 2.0
-    assert math.isclose(CLOOB.temperature.init, 1 / 30)
+def test_a_pool_that_pools_no_scores_is_refused():
+    with pytest.raises(ValueError, match=r"region_pool.kind=global pools no scores of patches"):
+        pool_region_scores(draw(1, 2, 3), RegionPool())
