@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.hashing import HashHead, binary_codes
 from models.pair_model import PairModel
 from models.teacher import EmaTeacher, select_tokens
 from models.token_scores import class_attention_scores, map_scores_to_view
@@ -15,14 +18,18 @@ from pipelines.evaluation.encoder import ImageEncodings
 from pipelines.keyed_random import Purpose, keyed_uniform
 from pipelines.tokenizer import TextTokenizer
 
+Readout = Literal["all", "kept", "codes"]
+
 _TEXTS_PER_BATCH = 256
 
 
 class ModelEncoder:
     """Encodes images and texts with a model that is no longer trained.
 
-    With the keep rule a tower sees the patches its method would have kept, chosen by the EMA teacher on
-    the whole image; without it, all. A model trained on kept patches answers differently to both.
+    A model can be read in several ways. `all`: its tower sees every patch. `kept`: it sees the patches the
+    method would have kept, chosen by the EMA teacher on the whole image; a model trained on kept patches
+    answers differently to both. `codes`: the hash head's bits as unit vectors, whose cosines rank as Hamming
+    distances do.
     """
 
     def __init__(
@@ -31,10 +38,10 @@ class ModelEncoder:
         tokenizer: TextTokenizer,
         *,
         teacher: EmaTeacher | None = None,
-        applies_keep_rule: bool = False,
+        readout: Readout = "all",
     ) -> None:
         self._model, self._tokenizer, self._teacher = model, tokenizer, teacher
-        self._applies_keep_rule = applies_keep_rule
+        self._readout = readout
         self._device = next(model.parameters()).device
 
     @torch.inference_mode()
@@ -42,10 +49,13 @@ class ModelEncoder:
         """uint8 [B, S, S, 3] -> unit embeddings [B, D] and unit patch embeddings [B, P, D]."""
         pixels = self._pixels(images)
         self._model.eval()
-        if self._applies_keep_rule:
+        if self._readout == "kept":
             embeds = self._model.encoder.embed_images(pixels, kept=self.kept(pixels))[0]
             return ImageEncodings(image_embeds=embeds.cpu().numpy(), patch_embeds=None)
         embeds, patches = self._model.encoder.embed_images(pixels)[:2]
+        if self._readout == "codes":
+            codes = _unit_codes(self._hash_head.image(embeds))
+            return ImageEncodings(image_embeds=codes.cpu().numpy(), patch_embeds=None)
         unit_patches = torch.nn.functional.normalize(patches.float(), dim=2)
         return ImageEncodings(image_embeds=embeds.cpu().numpy(), patch_embeds=unit_patches.cpu().numpy())
 
@@ -64,6 +74,8 @@ class ModelEncoder:
             )
             # A prompt is a report of one text.
             embeds, _ = self._model.encoder.embed_reports(embeds[None], is_real_token[None, :, 0])
+            if self._readout == "codes":
+                embeds = _unit_codes(self._hash_head.text(embeds))
             parts.append(embeds.cpu().numpy())
         return np.concatenate(parts)
 
@@ -108,9 +120,22 @@ class ModelEncoder:
         whole = torch.tensor([0.0, 0.0, *pixels.shape[2:]], device=self._device).repeat(len(pixels), 1)
         return map_scores_to_view(scores, whole, whole, out_side=self._model.encoder.vision.grid)
 
+    @property
+    def _hash_head(self) -> HashHead:
+        head = self._model.objective.heads.hash
+        if head is None:
+            raise ValueError("only a method with heads.hash.weight > 0 has codes to be read")
+        return head
+
     def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
         return torch.as_tensor(images, device=self._device).permute(0, 3, 1, 2).float()
 
 
 def _class_attention(vision: VisionTower, pixels: Tensor) -> Tensor:
     return class_attention_scores(vision(pixels, with_class_attention=True).class_attention)
+
+
+def _unit_codes(pre_activations: Tensor) -> Tensor:
+    """Bits as +-1 / sqrt(number of bits), float32 [B, L]."""
+    bits = binary_codes(pre_activations).float() * 2 - 1
+    return bits / pre_activations.shape[1] ** 0.5

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines import storage
 from pipelines.config import Config, EvalConfig
-from pipelines.encode import ModelEncoder
+from pipelines.encode import ModelEncoder, Readout
 from pipelines.evaluation.main_metric import main_metric_value, resolve_main_metric, tasks_for_metric
 from pipelines.evaluation.task_result import ResultContext, result_record, rows_table
 from pipelines.evaluation.tasks import Evaluation
@@ -35,7 +35,7 @@ def selection_value(config: Config, prepared: Prepared, trainer: Trainer) -> tup
     settings = config.evaluation.model_copy(update={"resamples": 0})
     table = split_table(prepared.uri, settings.select_on)
     tasks = tasks_for_metric(settings.main_metric, table)
-    keep_rule = "all" if config.method.selection.kind == "none" else "kept"
+    keep_rule: Readout = "all" if config.method.selection.kind == "none" else "kept"
     found = _evaluate(settings, prepared, trainer, split=settings.select_on, keep_rule=keep_rule, tasks=tasks)
     name = ".".join(resolve_main_metric(found.results, settings.main_metric))
     return name, main_metric_value(found.results, settings.main_metric)
@@ -46,7 +46,8 @@ def evaluate_trained(
 ) -> list[dict[str, Any]]:
     """Result records of every task the split allows; nothing is written.
 
-    A method that drops patches is scored twice, with all patches and with its keep rule.
+    A method that drops patches is scored with all patches and with its keep rule, one with a hash head also
+    by its codes.
     """
     return [record for record, _ in _all_results(job, config, prepared, trainer, split=split)]
 
@@ -64,12 +65,21 @@ def publish_evaluation(job: Job, config: Config, prepared: Prepared, trainer: Tr
 def _all_results(
     job: Job, config: Config, prepared: Prepared, trainer: Trainer, *, split: str
 ) -> Iterator[tuple[dict[str, Any], pa.Table]]:
-    keep_rules = ["all"] if config.method.selection.kind == "none" else ["all", "kept"]
-    for keep_rule in keep_rules:
+    for keep_rule in readouts(config):
         found = _evaluate(config.evaluation, prepared, trainer, split=split, keep_rule=keep_rule)
         context = _context(job, config, prepared, trainer, split=split, keep_rule=keep_rule)
         for result in found.results:
             yield result_record(result, context), rows_table(result)
+
+
+def readouts(config: Config) -> list[Readout]:
+    """The ways a method's model is read; stored as the `keep_rule` of a result."""
+    found: list[Readout] = ["all"]
+    if config.method.selection.kind != "none":
+        found.append("kept")
+    if config.method.heads.hash.weight:
+        found.append("codes")
+    return found
 
 
 def sample_images(config: Config, prepared: Prepared, trainer: Trainer) -> pa.Table:
@@ -78,14 +88,14 @@ def sample_images(config: Config, prepared: Prepared, trainer: Trainer) -> pa.Ta
     table = table.slice(0, config.evaluation.num_samples)
     size = prepared.image_size
     images = np.stack([np.frombuffer(i.as_py(), np.uint8).reshape(size, size, 3) for i in table["image"]])
-    encoder = _encoder(prepared, trainer, applies_keep_rule=True)
+    encoder = _encoder(prepared, trainer, readout="kept")
     scores = encoder.token_scores(images).cpu().numpy()
     return pa.table(
         {
             "row_id": table["row_id"],
             "image": [_png(image) for image in images],
             "caption": [captions[0] for captions in table["captions"].to_pylist()],
-            "grid": [trainer.model.vision.grid] * len(images),
+            "grid": [trainer.model.encoder.vision.grid] * len(images),
             "token_scores": scores.tolist(),
             "is_kept": encoder.kept_mask(images).tolist(),
             "boxes": table["boxes"],
@@ -112,11 +122,11 @@ def _evaluate(
     trainer: Trainer,
     *,
     split: str,
-    keep_rule: str,
+    keep_rule: Readout,
     tasks: tuple[str, ...] | None = None,
 ) -> Evaluation:
     found = evaluate_tasks(
-        _encoder(prepared, trainer, applies_keep_rule=keep_rule == "kept"),
+        _encoder(prepared, trainer, readout=keep_rule),
         split_table(prepared.uri, split),
         image_size=prepared.image_size,
         settings=settings,
@@ -129,10 +139,8 @@ def _evaluate(
     return found
 
 
-def _encoder(prepared: Prepared, trainer: Trainer, *, applies_keep_rule: bool) -> ModelEncoder:
-    return ModelEncoder(
-        trainer.model, _tokenizer(prepared.uri), teacher=trainer.teacher, applies_keep_rule=applies_keep_rule
-    )
+def _encoder(prepared: Prepared, trainer: Trainer, *, readout: Readout) -> ModelEncoder:
+    return ModelEncoder(trainer.model, _tokenizer(prepared.uri), teacher=trainer.teacher, readout=readout)
 
 
 def _context(
