@@ -106,6 +106,21 @@ def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *
     )
 
 
+def first_texts(
+    rows: PairRows, index: NDArray[np.int64], settings: BatchSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first text of each row, nothing drawn: token ids [B, T] and what is real [B, T]."""
+    texts = []
+    for row in index.tolist():
+        if settings.text == "sentence" and rows.sentences[row]:
+            sentences = rows.sentences[row][: settings.sentences_per_text]
+            texts.append(_join(sentences, settings.sentences_per_text, max_tokens=settings.max_tokens))
+        else:
+            texts.append(rows.captions[row][:1])
+    token_ids, is_real, _ = _pad(texts, num_texts=1)
+    return token_ids[0], is_real[0]
+
+
 def _choose_texts(
     rows: PairRows, index: NDArray[np.int64], keys: NDArray[np.int64], settings: BatchSettings, epoch: int
 ) -> list[list[list[int]]]:

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.teacher import EmaTeacher
 from models.towers import TextTower, TowerSettings, VisionTower
 from pipelines import storage
 from pipelines.checkpoint import CheckpointError, about_checkpoint, find_checkpoint, load_checkpoint
 from pipelines.config import Config, TrainConfig
 from pipelines.prepared import Prepared
+from pipelines.train_step import Trainer
 
 _START_FILE = "start.json"
 
@@ -111,18 +113,23 @@ def tokenizer_sha256(prepared: Prepared) -> str:
     return hashlib.sha256(storage.read_bytes(file)).hexdigest()
 
 
-def load_start(train: TrainConfig) -> dict[str, Tensor]:
-    """The weights a run starts from, by name.
+def start_trainer(trainer: Trainer, train: TrainConfig) -> TakenOver:
+    """Give a fresh trainer the weights of `train.start_from`; every worker reads the same.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or another one than `train.start_sha256`.
+        ValueError: no checkpoint, a damaged one, another one than `train.start_sha256`, or one that does
+            not fit.
     """
     assert train.start_from is not None
     assert train.start_sha256 is not None, "pin_start comes first"
     place = find_checkpoint(train.start_from)
     _refuse_other_weights(about_checkpoint(place)[0], train.start_sha256, where=train.start_from)
-    weights: dict[str, Tensor] = load_checkpoint(place)["trainer"]["model"]
-    return weights
+    weights = load_checkpoint(place)["trainer"]["model"]
+    found = take_over_(trainer.model, weights, where=train.start_from)
+    if trainer.teacher is not None:
+        # It began as a copy of the weights that were just replaced.
+        trainer.teacher = EmaTeacher(trainer.model).to(trainer.device)
+    return found
 
 
 def write_start(folder: str, config: Config, found: TakenOver) -> None:
@@ -137,14 +144,13 @@ def start_summary(folder: str) -> str | None:
     if not storage.exists(uri):
         return None
     found = storage.read_json(uri)
-    rest = [
-        f"{len(found[key])} {key} ({', '.join(found[key][:3])}{', ...' if len(found[key]) > 3 else ''})"
-        for key in ("new", "reshaped", "unused")
-        if found[key]
-    ]
-    return f"started from {found['start_from']}: {found['num_taken']} parameters taken" + "".join(
-        f"; {part}" for part in rest
-    )
+    parts = [f"started from {found['start_from']}: {found['num_taken']} parameters taken"]
+    for key in ("new", "reshaped", "unused"):
+        if found[key]:
+            # The modules they belong to; every name is in the file.
+            modules = dict.fromkeys(".".join(name.split(".")[:3]) for name in found[key])
+            parts.append(f"{len(found[key])} {key} ({', '.join(modules)})")
+    return "; ".join(parts)
 
 
 @torch.no_grad()

@@ -16,13 +16,12 @@ import torch
 
 from models.gather import Gather, ProcessGroupGather, SingleProcess
 from models.outputs import PairBatch
-from models.teacher import EmaTeacher
 from pipelines.checkpoint import drop_checkpoints, load_latest, save_checkpoint
 from pipelines.collate import BatchSettings
 from pipelines.config import Config
 from pipelines.evaluate import publish_evaluation, selection_value
 from pipelines.feed import Feed, MemoryFeed, load_rows, streams, train_order
-from pipelines.fine_tuning import describe_run, load_start, take_over_, write_start
+from pipelines.fine_tuning import describe_run, start_trainer, write_start
 from pipelines.job import Job, identity, note_failure, start_record
 from pipelines.order import StepOrder
 from pipelines.port import Port
@@ -127,7 +126,9 @@ class _Run:
             self.seconds_before = float(state["seconds"])
             self.selection = state["selection"]
         elif self.config.train.start_from is not None:
-            self._take_over(self.config.train.start_from)
+            found = start_trainer(self.trainer, self.config.train)
+            if self.record is not None:
+                write_start(self.job.folder, self.config, found)
         self.started = time.monotonic()
 
     def feed(self) -> Feed:
@@ -148,16 +149,6 @@ class _Run:
         if streams(train.feed, self.prepared):
             return StreamFeed(place, order, settings, rank=rank, world=world)
         return MemoryFeed(load_rows(place, "train"), order, settings, rank=rank, world=world)
-
-    def _take_over(self, start: str) -> None:
-        """Begin with the weights of an earlier run; every worker reads the same."""
-        trainer = self.trainer
-        found = take_over_(trainer.model, load_start(self.config.train), where=start)
-        if trainer.teacher is not None:
-            # It began as a copy of the weights that were just replaced.
-            trainer.teacher = EmaTeacher(trainer.model).to(trainer.device)
-        if self.record is not None:
-            write_start(self.job.folder, self.config, found)
 
     def step(self, batch: PairBatch) -> None:
         """One optimiser step and whatever is due after it."""

@@ -18,6 +18,7 @@ from models.gather import Gather, ProcessGroupGather, SingleProcess
 from models.objective import LossReport
 from models.outputs import PairBatch, TeacherOutputs
 from models.pair_model import PairModel
+from models.prototypes import Prototypes
 from models.recipe import MethodRecipe
 from models.schedules import cosine_with_warmup
 from models.teacher import EmaTeacher, select_tokens
@@ -132,13 +133,27 @@ class Trainer:
         self.step += 1
         return StepReport(report.loss.detach(), report.terms, report.diagnostics, grad_norm, lr)
 
+    def outdated_prototypes(self, epoch: int) -> dict[str, Prototypes]:
+        """Prototypes that must be found before a step of this epoch is taken, by table.
+
+        None are left right after a resume in the middle of an epoch: the checkpoint holds them.
+        """
+        found = {}
+        for name, table in self.recipe.tables.items():
+            memory = self.model.objective.state_of(name).memory
+            if not isinstance(memory, Prototypes) or epoch < table.candidates.first_epoch:
+                continue
+            if int(memory.epoch) != epoch:
+                found[name] = memory
+        return found
+
     def backward(self, batch: PairBatch) -> LossReport:
         """Gradients of the global loss in the model's parameters, averaged over workers."""
         batch = batch.to(self.device)
         teacher = self._teach(batch)
         kept = self._select(batch, teacher)
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with autocast(self.device, self.train.precision):
             report: LossReport = self._parallel(batch, kept, teacher, self.gather)
         report.loss.backward()
         return report
@@ -164,7 +179,7 @@ class Trainer:
             return None
         # A-CLIP's order: the teacher follows at the start of a step, then scores, then the model trains.
         self.teacher.follow(self.model, step=self.step, total_steps=self.train.steps)
-        with self._autocast():
+        with autocast(self.device, self.train.precision):
             outputs: TeacherOutputs = self.teacher(batch)
         return outputs
 
@@ -184,11 +199,6 @@ class Trainer:
         ]
         return torch.stack([kept for kept in per_view if kept is not None])
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.train.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
     def _clip(self) -> Tensor:
         limit = self.train.max_grad_norm if self.train.max_grad_norm is not None else float("inf")
         # The prior's discriminator works against the encoder: its gradient must not shrink the encoder's.
@@ -204,6 +214,13 @@ class Trainer:
             f"step {self.step} of method '{self.recipe.name}': loss {float(report.loss.detach()):g}, "
             f"gradient norm {float(grad_norm):g}; terms: {terms}. Lower train.lr or raise the temperature"
         )
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The number format of the towers: `fp32` or `bf16`."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _decay_groups(model: PairModel, weight_decay: float) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 
 from pipelines import storage
-from pipelines.checkpoint import CheckpointError, latest_place, load_checkpoint, load_latest, save_checkpoint
+from pipelines.checkpoint import (
+    CheckpointError,
+    about_checkpoint,
+    find_checkpoint,
+    latest_place,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
 
 
 def state_of(step: int) -> dict:
@@ -109,3 +118,39 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     save_checkpoint(str(tmp_path), {"step": 1, "trainer": Path("/")}, identity="me")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         load_latest(str(tmp_path), identity="me")
+
+
+def test_what_a_run_says_about_its_weights_is_read_without_them(folder):
+    place = save_checkpoint(str(folder), state_of(20), identity="me", about={"model": {"width": 8}})
+    data = storage.read_bytes(storage.join(place, "state.pt"))
+    (folder / "step_000000020" / "state.pt").unlink()
+    assert about_checkpoint(place) == (hashlib.sha256(data).hexdigest(), {"model": {"width": 8}})
+    assert about_checkpoint(str(folder / "step_000000010"))[1] == {}
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json is absent"):
+        about_checkpoint(str(folder))
+
+
+def test_the_newest_checkpoint_of_a_run_is_found_from_anywhere_above(tmp_path):
+    run = tmp_path / "root" / "runs" / "clip-s0"
+    for step in (999, 1000):
+        place = save_checkpoint(str(run / "checkpoints"), state_of(step), identity="me")
+    for uri in (tmp_path / "root", tmp_path / "root" / "runs", run, run / "checkpoints", Path(place)):
+        assert find_checkpoint(str(uri)) == place
+    older = run / "checkpoints" / "step_000000999"
+    assert find_checkpoint(str(older)) == str(older)
+
+
+def test_checkpoints_of_several_runs_are_named(tmp_path):
+    for run_id in ("clip-s1", "clip-s0"):
+        save_checkpoint(str(tmp_path / "runs" / run_id / "checkpoints"), state_of(5), identity="me")
+    with pytest.raises(
+        CheckpointError, match="checkpoints of 2 runs; name one of them: runs/clip-s0, runs/clip-s1"
+    ):
+        find_checkpoint(str(tmp_path))
+    assert find_checkpoint(str(tmp_path / "runs" / "clip-s1")).endswith("clip-s1/checkpoints/step_000000005")
+
+
+def test_no_checkpoint_is_said(tmp_path):
+    for uri in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CheckpointError, match=f"'{uri}' holds no checkpoint; name a run root"):
+            find_checkpoint(str(uri))

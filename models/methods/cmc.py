@@ -18,6 +18,8 @@ from models.training_slots import Features
 
 _BOTH = Directions(image_to_text=1.0, text_to_image=1.0)
 _TAU = Temperature(policy="fixed", init=0.07)
+# Every edge has the temperature of the first.
+_SAME = Temperature(policy="shared")
 _SOURCE = "Tian et al. 2020, arXiv 1906.05849"
 
 CMC_CORE = MethodRecipe(
@@ -29,8 +31,8 @@ CMC_CORE = MethodRecipe(
     directions=_BOTH,
     temperature=_TAU,
     extra_tables={
-        "second_text": TableRecipe(between="image_text2", views="first", directions=_BOTH, temperature=_TAU),
-        "image_views": TableRecipe(between="image_views", directions=_BOTH, temperature=_TAU),
+        "second_text": TableRecipe(between="image_text2", views="first", directions=_BOTH, temperature=_SAME),
+        "image_views": TableRecipe(between="image_views", directions=_BOTH, temperature=_SAME),
     },
 )
 
@@ -41,9 +43,9 @@ CMC_GRAPH = replace(
     views="all",
     weight=2.0,
     extra_tables={
-        "second_text": TableRecipe(weight=2.0, between="image_text2", directions=_BOTH, temperature=_TAU),
-        "image_views": TableRecipe(between="image_views", directions=_BOTH, temperature=_TAU),
-        "texts": TableRecipe(between="texts", directions=_BOTH, temperature=_TAU),
+        "second_text": TableRecipe(weight=2.0, between="image_text2", directions=_BOTH, temperature=_SAME),
+        "image_views": TableRecipe(between="image_views", directions=_BOTH, temperature=_SAME),
+        "texts": TableRecipe(between="texts", directions=_BOTH, temperature=_SAME),
     },
 )
 

@@ -13,7 +13,6 @@ from models.recipe import MethodRecipe, TableRecipe
 from models.table_slots import Directions, RegionPool, Temperature
 
 _BOTH = Directions(image_to_text=1.0, text_to_image=1.0)
-_TEN = Temperature(policy="fixed", init=0.1)
 
 GLORIA = MethodRecipe(
     name="gloria",
@@ -21,8 +20,8 @@ GLORIA = MethodRecipe(
     evidence="official",
     region_pool=RegionPool(kind="words", sharpness=5.0),
     directions=_BOTH,
-    temperature=_TEN,
-    extra_tables={"global": TableRecipe(directions=_BOTH, temperature=_TEN)},
+    temperature=Temperature(policy="fixed", init=0.1),
+    extra_tables={"global": TableRecipe(directions=_BOTH, temperature=Temperature(policy="shared"))},
 )
 
 RECIPES = (GLORIA,)
