@@ -23,8 +23,9 @@ def rows_per_chunk(num_rows: int, num_columns: int, *, limit_elements: int = 2**
 
     Args:
         num_rows: rows of this worker, > 0.
-        num_columns: candidates of all workers, > 0.
-        limit_elements: largest piece; the default is 64 MiB in float32, of which a chunk holds a few.
+        num_columns: numbers per row, > 0: candidates of all workers, times patches where a row holds them.
+        limit_elements: largest piece; the default is 64 MiB in float32, of which a chunk holds a few. From
+            32 MiB on glibc maps blocks one by one; before its version 2.38 it hardly reuses smaller ones.
 
     Returns:
         Rows per chunk, chunks as equal as whole rows allow; None when the whole table is within the limit.
