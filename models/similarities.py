@@ -93,58 +93,67 @@ def pooled_scores(
     """Scaled score of every local image with every pair's text side, [B, N].
 
     Args:
-        scale: from similarity to score; pools of scores take it after pooling, except noisy-or.
+        scale: from similarity to score. Similarities of patches and of sentences are pooled before it, so
+            that their sharpness is one of cosines at any temperature; noisy-or makes log-odds of scores.
     """
+    if recipe.region_pool.kind == "noisy_or":
+        return _pool_sentences(recipe, state, features, view=view, score=scale)
+    return scale(_pool_sentences(recipe, state, features, view=view, score=lambda similarity: similarity))
+
+
+def _pool_sentences(
+    recipe: TableRecipe,
+    state: TableState,
+    features: PairFeatures,
+    *,
+    view: int,
+    score: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Every local image with every pair's text side, [B, N]."""
     if recipe.region_pool.kind == "words":
         words, is_word = features.all_words()
-        return scale(
-            gloria_scores(
-                features.outputs.image_tokens[view],
-                words,
-                is_word,
-                word_sharpness=recipe.region_pool.sharpness,
-            )
-        )
+        sharpness = recipe.region_pool.sharpness
+        return gloria_scores(features.outputs.image_tokens[view], words, is_word, word_sharpness=sharpness)
     pool = recipe.sentence_pool
     if pool.kind == "none":
         texts = features.all_images(view) if recipe.between == "image_regions" else features.all_reports()
-        return _pool_images(recipe, state, features, texts, view=view, scale=scale)
+        return _pool_patches(recipe, state, features, texts, view=view, score=score)
     sentences_NMD, is_sentence_NM = features.all_sentences(), features.all_is_text()
-    per_sentence = _pool_images(recipe, state, features, sentences_NMD.flatten(0, 1), view=view, scale=scale)
+    per_sentence = _pool_patches(recipe, state, features, sentences_NMD.flatten(0, 1), view=view, score=score)
     per_sentence_BNM = per_sentence.view(len(per_sentence), *is_sentence_NM.shape)
     return pool_sentences(per_sentence_BNM, is_sentence_NM, kind=pool.kind, sharpness=pool.sharpness)
 
 
-def _pool_images(
+def _pool_patches(
     recipe: TableRecipe,
     state: TableState,
     features: PairFeatures,
     texts: Tensor,
     *,
     view: int,
-    scale: Callable[[Tensor], Tensor],
+    score: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Scaled score of every local image with every text [K, D], [B, K]."""
+    """Every local image with every text [K, D], [B, K]; `score` is what noisy-or takes its log-odds of."""
     pool = recipe.region_pool
     if pool.kind == "global":
         image = features.image(view)
-        return scale(state.critic.scores(image, texts) if recipe.score.kind == "concat" else image @ texts.T)
+        return state.critic.scores(image, texts) if recipe.score.kind == "concat" else image @ texts.T
     # Pools of vectors mix them with their lengths; pools of scores take cosines.
     tokens = features.outputs.image_tokens[view]
     if pool.kind == "mean_region":
-        return scale(global_mean_pool(tokens, texts))
+        return global_mean_pool(tokens, texts)
     if pool.kind == "attention":
-        return scale(attention_pool(tokens, texts, temperature=pool.temperature))
+        return attention_pool(tokens, texts, temperature=pool.temperature)
     if pool.kind == "non_local":
-        return scale(non_local_pool(tokens, texts, state.non_local))
+        return non_local_pool(tokens, texts, state.non_local)
     if recipe.score.kind == "concat" and pool.kind == "max":
-        return scale(state.critic.max_scores(features.patches(view), texts))
+        return state.critic.max_scores(features.patches(view), texts)
     similarity_BPK = region_similarities(recipe, state, features, texts, view=view)
     if pool.kind == "noisy_or":
-        return noisy_or(scale(similarity_BPK))
+        return noisy_or(score(similarity_BPK))
     if pool.kind in ("select", "pmi"):
-        return scale(select_regions(similarity_BPK, features.own, rule=pool.kind))
-    return scale(pool_region_scores(similarity_BPK, pool))
+        return select_regions(similarity_BPK, features.own, rule=pool.kind)
+    return pool_region_scores(similarity_BPK, pool)
 
 
 def region_similarities(
