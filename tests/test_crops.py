@@ -38,6 +38,18 @@ def test_a_crop_is_the_same_whatever_else_is_in_its_batch():
     torch.testing.assert_close(found[..., 2:-2, 2:-2], zoomed[..., 2:-2, 2:-2], atol=1e-3, rtol=0)
 
 
+def test_nothing_is_read_back_from_a_device():
+    """Reading a value of a tensor without values raises."""
+    pixels, boxes = (
+        torch.zeros(2, 32, 32, 3, dtype=torch.uint8, device="meta"),
+        torch.zeros(2, 4, device="meta"),
+    )
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(boxes.all())
+    cropped = crop_images(pixels, boxes)
+    assert shrink_images(cropped, 0.5, patch_size=8).shape == (2, 3, 16, 16)
+
+
 @pytest.mark.parametrize(
     ("scale", "patch_size", "message"),
     [

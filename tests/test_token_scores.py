@@ -127,6 +127,15 @@ def test_a_coarse_map_on_a_finer_grid_equals_the_loop():
     assert not torch.allclose(found, map_scores_to_view(scores, source, view.flip(0), out_side=12))
 
 
+def test_fast_mapping_reads_nothing_back_from_a_device():
+    """Reading a value of a tensor without values raises."""
+    boxes = torch.zeros(2, 4, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        map_scores_to_view_exact(torch.zeros(2, 49, device="meta"), boxes, boxes)
+    found = map_scores_to_view(torch.zeros(2, 49, device="meta"), boxes, boxes, out_side=14)
+    assert found.shape == (2, 196)
+
+
 @pytest.mark.parametrize(("side", "out_side"), [(7, 14), (7, 7), (4, 6), (14, 7)])
 def test_equal_boxes_resize_the_map(side, out_side):
     scores = draw(2, side * side).abs()
