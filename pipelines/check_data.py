@@ -15,10 +15,11 @@ def check_data(config: Config, prepared: Prepared) -> None:
     """Refuse data that a run of this configuration could not be trained, selected or reported on.
 
     Raises:
-        ValueError: fewer training rows than a batch, an empty split, an unknown label or metric, a main
-            metric the selection split does not define, or a report split that allows no task.
+        ValueError: fewer training rows than a batch or than prototypes, an empty split, an unknown label or
+            metric, a main metric the selection split does not define, or a report split that allows no task.
     """
     train_order(prepared, batch_size=config.train.batch_size, seed=config.seed)
+    _refuse_more_clusters_than_rows(config, prepared)
     settings = config.evaluation.model_copy(update={"resamples": 0})
     for key in ("select_on", "report_on"):
         _refuse_empty_split(prepared, getattr(settings, key), key=key)
@@ -34,6 +35,18 @@ def check_data(config: Config, prepared: Prepared) -> None:
         **known,
     )
     check_report_split(split_table(prepared.uri, settings.report_on), settings=settings, **known)
+
+
+def _refuse_more_clusters_than_rows(config: Config, prepared: Prepared) -> None:
+    num_rows = prepared.num_rows("train")
+    for name, table in config.method.tables.items():
+        counts = table.candidates.num_clusters
+        if table.candidates.kind == "prototypes" and max(counts) > num_rows:
+            path = "method." if name == "main" else f"method.extra_tables.{name}."
+            raise ValueError(
+                f"{path}candidates.num_clusters={list(counts)}: there can be no more prototypes than the "
+                f"{num_rows} training rows; lower the largest"
+            )
 
 
 def _refuse_empty_split(prepared: Prepared, split: str, *, key: str) -> None:

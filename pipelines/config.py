@@ -95,6 +95,11 @@ class TrainConfig(Settings):
     cpus_per_worker: float = Field(1.0, gt=0)
     # "memory" holds the prepared images in each worker; "stream" reads shards through Ray Data.
     feed: Literal["auto", "memory", "stream"] = "auto"
+    # Methods with prototypes: actors that embed the training split between epochs when the feed streams,
+    # and the share of a GPU each takes beside the workers'. They take no CPU, for the workers wait; at a
+    # share of 0 workers with GPUs embed on these themselves.
+    embed_actors: int = Field(1, ge=1)
+    embed_gpus: float = Field(0.0, ge=0, le=1)
     evaluate_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(50, ge=1)
     log_every: int = Field(5, ge=1)

@@ -27,6 +27,8 @@ _FREE = {
         "cpus_per_worker",
         "device",
         "feed",
+        "embed_actors",
+        "embed_gpus",
         "log_every",
         "checkpoint_every",
         "max_failures",

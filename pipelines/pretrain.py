@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pipelines.job import Job, identity, note_failure, start_record
 from pipelines.order import StepOrder
 from pipelines.port import Port
 from pipelines.prepared import Prepared
+from pipelines.prototype_step import embedder, refresh_prototypes
 from pipelines.run_record import RunRecord
 from pipelines.stream_feed import StreamFeed
 from pipelines.train_step import NonFiniteLossError, TextSpec, Trainer
@@ -105,6 +107,8 @@ class _Run:
         self.seconds_before = 0.0
         self.started = time.monotonic()
         self.selection: dict[str, Any] | None = None
+        # Of the last step; None before the first of this attempt.
+        self.epoch: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -133,33 +137,24 @@ class _Run:
 
     def feed(self) -> Feed:
         """The training batches of this worker."""
-        train, features = self.config.train, self.config.method.features
-        settings = BatchSettings(
-            seed=self.config.seed,
-            text=features.text,
-            num_views=features.num_views,
-            min_crop_area=train.min_crop_area,
-            num_patches=self.trainer.model.encoder.vision.grid**2,
-            max_tokens=self.config.data.max_tokens,
-            num_texts=features.num_texts,
-            sentences_per_text=features.sentences_per_text,
-        )
-        order, place = self._order(), self.job.prepared
+        order, place, settings = self.order, self.job.prepared, self._batch_settings()
         rank, world = self.port.rank, self.port.world
-        if streams(train.feed, self.prepared):
+        if streams(self.config.train.feed, self.prepared):
             return StreamFeed(place, order, settings, rank=rank, world=world)
         return MemoryFeed(load_rows(place, "train"), order, settings, rank=rank, world=world)
 
     def step(self, batch: PairBatch) -> None:
-        """One optimiser step and whatever is due after it."""
+        """One optimiser step and whatever is due before and after it."""
         train = self.config.train
+        clustered = self._refresh_prototypes()
         report = self.trainer.run_step(batch)
         step = self.trainer.step
         is_last = step == train.steps
-        if self.record is not None and (step % train.log_every == 0 or step == 1 or is_last):
-            position = {"step": step, "epoch": self._order().epoch_of(step - 1)}
+        is_logged = step % train.log_every == 0 or step == 1 or is_last or clustered is not None
+        if self.record is not None and is_logged:
+            position = {"step": step, "epoch": self.order.epoch_of(step - 1)}
             seen = {"samples_seen": step * train.batch_size, "seconds": self.seconds}
-            line = report.as_line()
+            line = report.as_line() | ({} if clustered is None else {"prototypes": clustered})
             self.record.log(
                 {**position, **seen, **line, "temperature": line["diagnostics"]["temperature/main"]}
             )
@@ -183,6 +178,15 @@ class _Run:
             publish_evaluation(self.job, self.config, self.prepared, self.trainer)
         self._finish_record("complete")
         return outcome
+
+    def _refresh_prototypes(self) -> dict[str, Any] | None:
+        """At the start of an epoch, and of an attempt; what to log where the method has prototypes."""
+        epoch = self.order.epoch_of(self.trainer.step)
+        if epoch == self.epoch:
+            return None
+        self.epoch = epoch
+        embed = embedder(self.trainer, self.prepared, self._batch_settings(), port=self.port)
+        return refresh_prototypes(self.trainer, embed, epoch=epoch)
 
     def _select(self, step: int) -> None:
         """Value of the selection metric; rank 0 evaluates while the others wait at the report."""
@@ -227,7 +231,22 @@ class _Run:
                 note_failure(self.job, f"{type(error).__name__}: {error}")
             raise
 
-    def _order(self) -> StepOrder:
+    def _batch_settings(self) -> BatchSettings:
+        features = self.config.method.features
+        return BatchSettings(
+            seed=self.config.seed,
+            text=features.text,
+            num_views=features.num_views,
+            min_crop_area=self.config.train.min_crop_area,
+            num_patches=self.trainer.model.encoder.vision.grid**2,
+            max_tokens=self.config.data.max_tokens,
+            num_texts=features.num_texts,
+            sentences_per_text=features.sentences_per_text,
+        )
+
+    @cached_property
+    def order(self) -> StepOrder:
+        """Order of the training rows."""
         return train_order(self.prepared, batch_size=self.config.train.batch_size, seed=self.config.seed)
 
     def _finish_record(self, state: str, *, error: str | None = None) -> None:

@@ -10,6 +10,7 @@ from pipelines.cluster import DRIVER_RESOURCE
 from pipelines.config import Config
 from pipelines.feed import streams
 from pipelines.prepared import Prepared
+from pipelines.prototype_step import uses_pass
 from pipelines.stream_feed import CPUS_PER_TASK
 
 
@@ -27,13 +28,15 @@ def runs_at_once(config: Config, prepared: Prepared) -> int:
     if streams(config.train.feed, prepared):
         cpus += CPUS_PER_TASK * train.num_workers
     fits = math.floor(total.get("CPU", 0) / cpus)
-    if gpus_per_worker(config):
-        fits = min(fits, math.floor(total.get("GPU", 0) / train.num_workers))
+    gpus = gpus_per_worker(config) * train.num_workers + embedding_gpus(config, prepared)
+    if gpus:
+        fits = min(fits, math.floor(total.get("GPU", 0) / gpus))
     if fits < 1:
         raise ValueError(
             f"one run needs {cpus:g} CPUs ({train.num_workers} workers of {train.cpus_per_worker:g}, and the "
-            f"tasks that feed them), the cluster has {total.get('CPU', 0):g} CPUs and "
-            f"{total.get('GPU', 0):g} GPUs; lower train.num_workers or train.cpus_per_worker"
+            f"tasks that feed them) and {gpus:g} GPUs, the cluster has {total.get('CPU', 0):g} CPUs and "
+            f"{total.get('GPU', 0):g} GPUs; lower train.num_workers, train.cpus_per_worker or "
+            "train.embed_gpus"
         )
     return min(fits, config.sweep.max_concurrent or fits)
 
@@ -43,6 +46,15 @@ def gpus_per_worker(config: Config) -> int:
     if config.train.device == "auto":
         return int(ray.cluster_resources().get("GPU", 0) >= config.train.num_workers)
     return int(config.train.device == "cuda")
+
+
+def embedding_gpus(config: Config, prepared: Prepared) -> float:
+    """GPUs beside the workers' for the actors that embed the training split between epochs."""
+    tables = config.method.tables.values()
+    has_prototypes = any(table.candidates.kind == "prototypes" for table in tables)
+    if not has_prototypes or not uses_pass(config.train, prepared, has_gpu=gpus_per_worker(config) > 0):
+        return 0.0
+    return config.train.embed_actors * config.train.embed_gpus
 
 
 def driver_resources() -> dict[str, float]:
