@@ -166,16 +166,18 @@ def _join(sentences: list[list[int]], per_text: int, *, max_tokens: int) -> list
 
 def _pad(texts: list[list[list[int]]], *, num_texts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids padded to the longest text with 0, what is real [M, B, T], and which texts exist [M, B]."""
-    counts = torch.tensor([len(row) for row in texts])
+    counts = np.array([len(row) for row in texts])
     # A text that is missing still passes through the tower: start and end token.
-    filled = [row + [[row[0][0], row[0][-1]]] * (num_texts - len(row)) for row in texts]
-    lengths = torch.tensor([[len(row[text]) for row in filled] for text in range(num_texts)])
-    token_ids = torch.zeros(num_texts, len(texts), int(lengths.max()), dtype=torch.int64)
-    for pair, row in enumerate(filled):
-        for text, tokens in enumerate(row):
-            token_ids[text, pair, : len(tokens)] = torch.tensor(tokens)
-    is_real = torch.arange(token_ids.shape[2]) < lengths[:, :, None]
-    return token_ids, is_real, torch.arange(num_texts)[:, None] < counts[None, :]
+    by_text = [
+        [row[text] if text < len(row) else [row[0][0], row[0][-1]] for row in texts]
+        for text in range(num_texts)
+    ]
+    lengths = np.array([[len(tokens) for tokens in pairs] for pairs in by_text])
+    is_real = np.arange(lengths.max()) < lengths[:, :, None]
+    token_ids = np.zeros(is_real.shape, np.int64)
+    token_ids[is_real] = [token for pairs in by_text for tokens in pairs for token in tokens]
+    is_text = np.arange(num_texts)[:, None] < counts[None, :]
+    return torch.from_numpy(token_ids), torch.from_numpy(is_real), torch.from_numpy(is_text)
 
 
 def _hashed_bags(labels: list[list[str]]) -> NDArray[np.bool_]:
