@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.crops import crop_images, shrink_images
 from models.ema import make_teacher, update_teacher_
-from models.outputs import PairBatch, TeacherOutputs
+from models.outputs import PairBatch, TeacherOutputs, at_least_float32
 from models.pair_model import PairModel
 from models.recipe import MethodRecipe
 from models.schedules import ema_decay
@@ -76,8 +76,9 @@ class EmaTeacher(nn.Module):
             texts = self.encoder.embed_reports(texts[None], batch.is_text[:1])[0]
         return TeacherOutputs(
             token_scores=torch.stack(per_view),
-            features=target,
-            patches=patches,
+            # Autocast leaves half precision here; heads take norms and scores of these.
+            features=at_least_float32(target),
+            patches=None if patches is None else at_least_float32(patches),
             image_embeds=images,
             text_embeds=texts,
         )
