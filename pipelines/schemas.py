@@ -49,6 +49,10 @@ PAIRS: Final = pa.schema(
     ]
 )
 
+# Beside `PAIRS`, only where a source knows that a row cannot be used (a member of an archive that ends too
+# early, an image file that is not there). Null: nothing is known against the row.
+PROBLEM: Final = pa.field("problem", pa.struct([("reason", pa.string()), ("message", pa.string())]))
+
 # What `prepare` writes: `image` holds size x size x 3 raw uint8, RGB, row-major, so that an epoch
 # costs a copy instead of a decode. `caption_tokens[i]` and `sentence_tokens[i]` are the token ids of
 # `captions[i]` and `sentences[i]`, start and end tokens included, without padding.

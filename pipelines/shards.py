@@ -116,9 +116,12 @@ def check_row(row: dict[str, Any], *, is_repeated: bool, image_size: int) -> dic
     """A row of `schemas.PAIRS` as one of `schemas.PREPARED`, still without tokens.
 
     Raises:
-        RejectedRowError: with the first reason that applies, of missing_row_id, duplicate_row_id,
-            unknown_split, empty_caption, those of `decode_square`, invalid_box.
+        RejectedRowError: with the first reason that applies, of the source's own (`schemas.PROBLEM`),
+            missing_row_id, duplicate_row_id, unknown_split, empty_caption, those of `decode_square`,
+            invalid_box.
     """
+    if problem := row.get("problem"):
+        raise RejectedRowError(problem["reason"], problem["message"])
     if not row["row_id"]:
         raise RejectedRowError("missing_row_id", "the row has no id")
     if is_repeated:
