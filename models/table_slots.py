@@ -220,6 +220,8 @@ class Targets:
     def __post_init__(self) -> None:
         share(mixing=self.mixing)
         positive(radius=self.radius)
+        if self.kind == "smoothed" and self.mixing == 1:
+            raise ValueError("targets.kind=smoothed with mixing=1 leaves the own pair nothing; lower mixing")
         if not 0 < self.off_diagonal_mass < 1:
             raise ValueError(
                 f"off_diagonal_mass must be strictly between 0 and 1, got {self.off_diagonal_mass}"
@@ -249,12 +251,13 @@ class Temperature:
     """Temperature of a table; scores are similarity / temperature.
 
     Attributes:
-        policy: `learned` from `init` and clamped after each step, `fixed` at `init`, or `shared` with
-            the main table (extra tables only).
+        policy: `learned` from `init` and clamped after each step; `fixed` at `init`; `kept` where the run
+            it starts from left it, at `init` without one; or `shared` with the main table (extra tables
+            only).
         minimum: lower clamp of a learned temperature; CLIP's 0.01 is an inverse temperature of 100.
     """
 
-    policy: Literal["learned", "fixed", "shared"] = "learned"
+    policy: Literal["learned", "fixed", "kept", "shared"] = "learned"
     init: float = 0.07
     minimum: float = 0.01
 
@@ -268,6 +271,8 @@ class Temperature:
     @property
     def smallest(self) -> float:
         """The lowest value it can take."""
+        if self.policy == "kept":
+            return min(self.minimum, self.init)
         return self.minimum if self.policy == "learned" else self.init
 
 

@@ -20,6 +20,8 @@ from models.region_pooling import neutral_noisy_or_bias
 class TableState(nn.Module):
     """Parameters and buffers of one table; its recipe decides which exist."""
 
+    log_inverse_temperature: Tensor
+
     def __init__(self, recipe: TableRecipe, *, width: int, num_patches: int, num_rows: int) -> None:
         """Args:
         width: of the joint space.
@@ -29,9 +31,12 @@ class TableState(nn.Module):
         super().__init__()
         self.recipe = recipe
         policy, kind = recipe.temperature.policy, recipe.candidates.kind
+        start = torch.tensor(-math.log(recipe.temperature.init))
         if policy == "learned":
-            start = torch.tensor(-math.log(recipe.temperature.init))
             self.log_inverse_temperature = nn.Parameter(start)
+        elif policy in ("fixed", "kept"):
+            # In the checkpoint too: a run that starts from this one may keep it.
+            self.register_buffer("log_inverse_temperature", start)
         start_bias = recipe.bias.init
         if recipe.region_pool.kind == "noisy_or":
             # At zero scores nearly every bag would match and nothing would learn; `init` shifts from there.
@@ -63,7 +68,7 @@ class TableState(nn.Module):
 
     def inverse_temperature(self, like: Tensor) -> Tensor:
         """1 / temperature, scalar; meaningless for `shared`, which the caller takes from the main table."""
-        if self.recipe.temperature.policy == "learned":
+        if self.recipe.temperature.policy in ("learned", "kept"):
             return self.log_inverse_temperature.exp().to(like.dtype)
         return like.new_tensor(1 / self.recipe.temperature.init)
 

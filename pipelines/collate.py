@@ -64,7 +64,9 @@ class PairRows:
         groups = zip(table["group_id"].to_pylist(), row_ids, strict=True)
         self.group_keys = np.array([text_key(group or f"row:{row_id}") for group, row_id in groups], np.int64)
         self.positions = np.arange(len(table), dtype=np.int64) if positions is None else positions
-        self.tags = _hashed_bags(table["labels"].to_pylist())
+        # The class of a row without labels is what it shows.
+        labels = zip(table["labels"].to_pylist(), table["class_name"].to_pylist(), strict=True)
+        self.tags = _hashed_bags([listed or ([name] if name else []) for listed, name in labels])
 
     def __len__(self) -> int:
         return len(self.row_keys)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.table_state import TableState
 from models.teacher import EmaTeacher
 from models.towers import TextTower, TowerSettings, VisionTower
 from pipelines import storage
@@ -157,13 +158,15 @@ def start_summary(folder: str) -> str | None:
 def take_over_(model: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> TakenOver:
     """Copy every parameter that has the same name and shape in `weights`, in place.
 
+    A temperature that the method keeps from its start is taken too, though nothing trains it.
+
     Args:
         where: the start, for messages.
 
     Raises:
         ValueError: nothing fits, or a parameter of the towers does not; then nothing is changed.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) | _kept_temperatures(model)
     there = [name for name in parameters if name in weights]
     reshaped = [name for name in there if weights[name].shape != parameters[name].shape]
     found = TakenOver(
@@ -181,6 +184,14 @@ def take_over_(model: nn.Module, weights: Mapping[str, Tensor], *, where: str) -
     for name in found.taken:
         parameters[name].copy_(weights[name])
     return found
+
+
+def _kept_temperatures(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.log_inverse_temperature": module.log_inverse_temperature
+        for name, module in model.named_modules()
+        if isinstance(module, TableState) and module.recipe.temperature.policy == "kept"
+    }
 
 
 def _refuse_reshaped_towers(

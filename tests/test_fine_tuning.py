@@ -89,6 +89,30 @@ def test_heads_of_another_shape_stay_fresh_and_are_reported():
     }
 
 
+@pytest.mark.parametrize("start_policy", ["learned", "fixed"])
+def test_a_kept_temperature_is_that_of_the_start_and_a_fixed_one_is_not(start_policy):
+    temperature = replace(METHODS["clip"].temperature, policy=start_policy, init=0.3)
+    start = build_model(replace(METHODS["clip"], temperature=temperature), seed=1)
+    kept, fixed = METHODS["relaxed"], replace(METHODS["relaxed"], temperature=temperature)
+    fixed = replace(fixed, temperature=replace(temperature, policy="fixed", init=0.05))
+    like = torch.zeros((), dtype=torch.float64)
+    for recipe, expected in ((kept, 1 / 0.3), (fixed, 1 / 0.05)):
+        model = build_model(recipe)
+        take_over_(model, weights_of(start), where="there")
+        scale = model.objective.scale("main", like)
+        assert float(scale.inverse_temperature) == pytest.approx(expected, rel=1e-6)
+    assert not any(name.endswith("log_inverse_temperature") for name, _ in kept_model().named_parameters())
+
+
+def kept_model() -> PairModel:
+    return build_model(METHODS["relaxed"])
+
+
+def test_without_a_start_a_kept_temperature_is_the_recipes():
+    scale = kept_model().objective.scale("main", torch.zeros((), dtype=torch.float64))
+    assert float(scale.inverse_temperature) == pytest.approx(1 / 0.07, rel=1e-6)
+
+
 def test_nothing_in_common_is_refused():
     model = build_model(METHODS["clip"])
     with pytest.raises(ValueError, match=r"start_from=there has none of this method's \d+ parameters"):

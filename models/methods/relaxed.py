@@ -7,7 +7,7 @@ caps every pair, `relaxed_hinge` gives each query's loss a slack. The cap acts i
 in the numerator alone it would push pairs apart.
 
 Meant to start from a checkpoint: `train.start_from=<run>` and a small `train.lr` (1e-6 to 1e-4); the
-temperature stays where the checkpoint left it.
+temperature stays where that run left it (.07 without one).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RELAXED = MethodRecipe(
     evidence="derived",
     features=Features(text="sentence"),
     transform=Transform(kind="cap", limit=0.8),
-    temperature=Temperature(policy="fixed", init=0.07),
+    temperature=Temperature(policy="kept", init=0.07),
 )
 
 RELAXED_LEAKY = replace(RELAXED, name="relaxed_leaky", transform=Transform(kind="leaky", limit=0.8))
