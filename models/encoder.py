@@ -40,6 +40,7 @@ class Encoder(nn.Module):
         # A block may not be narrower than what it takes in, and both must end in one space.
         self.width = max(widths) if features.projection == "mi_block" else clip.visual_projection.out_features
         self.vocab_size = int(clip.config.text_config.vocab_size)
+        self.pad_id = int(clip.config.text_config.pad_token_id)
         if features.projection == "linear":
             self.visual_projection, self.text_projection = clip.visual_projection, clip.text_projection
         else:
@@ -137,7 +138,7 @@ class Encoder(nn.Module):
             token_ids,
             is_real,
             noise[:, :length],
-            mask_id=int(self.text.text.config.pad_token_id),
+            mask_id=self.pad_id,
             vocab_size=self.vocab_size,
             share=share,
         )

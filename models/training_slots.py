@@ -125,6 +125,10 @@ class TokenEntropy:
     def is_on(self) -> bool:
         return self.token_over_patches != 0 or self.patch_over_tokens != 0
 
+    @property
+    def counts_padding(self) -> bool:
+        return self.is_on and self.padding == "counted"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Uniformity:

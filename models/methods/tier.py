@@ -2,9 +2,10 @@
 
 The image feature is the mean of the projected patches, as in the authors' code, so the regulariser and
 the contrastive loss act on the same projection. `tier` leaves padding out of both entropies;
-`tier_release` counts it as words, as the authors' code does. Deviation of both: the learned temperature is
-clamped. The authors draw both weights from U(0, 0.5); the published pair is not verified. At the code's
-entropy temperature of 1 the entropies can fall by about 12 % only, so it is searched too.
+`tier_release` counts it as words up to the longest text of the global batch, as the authors' code does on one
+process. Deviation of both: the learned temperature is clamped. The authors draw both weights from
+U(0, 0.5); the published pair is not verified. At the code's entropy temperature of 1 the entropies can fall
+by about 12 % only, so it is searched too.
 """
 
 from __future__ import annotations
