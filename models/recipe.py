@@ -1,7 +1,7 @@
 """A method is data: one frozen recipe that fills the slots of the pair table.
 
-The slots are in `table_slots.py` (one table) and `training_slots.py` (what surrounds the tables); a
-recipe says which combinations make sense.
+The slots are in `table_slots.py` (one table) and `training_slots.py` (what surrounds the tables);
+`recipe_checks.py` says which combinations of a table make sense.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from models.bounds import smallest_safe_temperature
 from models.estimators import InfoNCE
+from models.recipe_checks import check_name, check_table, check_temperature
 from models.table_slots import (
     Baseline,
     Between,
@@ -30,8 +30,6 @@ from models.training_slots import Features, Heads, Regularisers, Teacher, TokenS
 
 Evidence = Literal["official", "derived", "paper-unverified"]
 
-# Estimators that know pairs and negatives only: a target distribution would be ignored.
-_BINARY = ("loob", "jsd", "dv", "sigmoid", "nwj", "tuba", "interp")
 _WITHIN_SAMPLE = ("regions", "sentences")
 
 
@@ -61,9 +59,7 @@ class TableRecipe:
     baseline: Baseline = Baseline()
 
     def __post_init__(self) -> None:
-        self._check_sides()
-        self._check_features()
-        self._check_estimator()
+        check_table(self)
 
     @property
     def is_within_sample(self) -> bool:
@@ -73,98 +69,6 @@ class TableRecipe:
     def is_local(self) -> bool:
         """Whether single patches or every text of a report are scored."""
         return self.region_pool.kind != "global" or self.sentence_pool.kind != "none"
-
-    def _check_sides(self) -> None:
-        if self.between == "image_regions" and self.region_pool.kind in ("global", "words"):
-            raise ValueError(
-                "between=image_regions compares an image with patches; set region_pool.kind=each or a pool, "
-                f"got {self.region_pool.kind}"
-            )
-        if self.between not in ("image_text", "image_regions") and (
-            self.is_local or self.score.kind != "cosine"
-        ):
-            raise ValueError(
-                f"between={self.between} compares whole features by cosine, got "
-                f"region_pool.kind={self.region_pool.kind}, sentence_pool.kind={self.sentence_pool.kind} and "
-                f"score.kind={self.score.kind}"
-            )
-        if self.between not in ("image_text", "image_text2") and self.candidates.kind != "batch":
-            raise ValueError(
-                f"candidates.kind={self.candidates.kind} needs between=image_text, got {self.between}"
-            )
-        if (self.targets.kind == "spatial") != (self.between == "regions"):
-            raise ValueError(
-                f"targets.kind=spatial goes with between=regions, got {self.targets.kind} with {self.between}"
-            )
-        if self.is_within_sample and self.estimator.kind != "ce":
-            raise ValueError(
-                f"between={self.between} takes estimator.kind=ce, got {self.estimator.kind}: a text alone in "
-                "its report has no negatives"
-            )
-
-    def _check_features(self) -> None:
-        if self.transform.kind == "hopfield" and self.is_local:
-            raise ValueError(
-                "Hopfield retrieval works on global features; with "
-                f"region_pool.kind={self.region_pool.kind} and "
-                f"sentence_pool.kind={self.sentence_pool.kind} set transform.kind=none"
-            )
-        if self.transform.kind != "none" and (self.candidates.kind != "batch" or self.is_within_sample):
-            raise ValueError(
-                f"transform.kind={self.transform.kind} works on the batch's pairs, got "
-                f"candidates.kind={self.candidates.kind} and between={self.between}"
-            )
-        if self.region_pool.kind == "words" and self.sentence_pool.kind != "none":
-            raise ValueError("region_pool.kind=words scores the words of text 0; set sentence_pool.kind=none")
-        if self.region_pool.kind == "each" and self.sentence_pool.kind != "none":
-            raise ValueError("region_pool.kind=each makes no image score; set sentence_pool.kind=none")
-        if self.is_local and self.candidates.kind not in ("batch", "roll"):
-            raise ValueError(
-                f"candidates.kind={self.candidates.kind} holds whole features; set region_pool.kind=global "
-                "and sentence_pool.kind=none"
-            )
-        if self.candidates.modality == "both" and (self.is_local or self.score.kind != "cosine"):
-            raise ValueError("candidates.modality=both compares whole features; set region_pool.kind=global")
-        if self.transform.relaxes and self.region_pool.kind == "noisy_or":
-            raise ValueError(
-                f"transform.kind={self.transform.kind} limits cosines, and region_pool.kind=noisy_or has none"
-            )
-        if self.candidates.kind == "prototypes" and self.temperature.policy != "fixed":
-            raise ValueError(
-                "candidates.kind=prototypes scales each prototype by its own concentration, whose mean is "
-                f"temperature.init; set temperature.policy=fixed, got {self.temperature.policy}"
-            )
-        if self.score.kind == "concat" and (
-            self.transform.kind != "none"
-            or self.candidates.kind not in ("batch", "roll")
-            or self.region_pool.kind in ("mean_region", "attention", "non_local", "words", "noisy_or", "each")
-        ):
-            raise ValueError(
-                "score.kind=concat scores pairs of features: it goes with region_pool.kind=global, max, "
-                f"mean, lse, select or pmi and no transform, got region_pool.kind={self.region_pool.kind}, "
-                f"transform.kind={self.transform.kind} and candidates.kind={self.candidates.kind}"
-            )
-
-    def _check_estimator(self) -> None:
-        kind = self.estimator.kind
-        if self.targets.kind != "identity" and kind in _BINARY:
-            raise ValueError(
-                f"estimator.kind={kind} knows pairs and negatives only and would ignore "
-                f"targets.kind={self.targets.kind}; set targets.kind=identity or estimator.kind=ce, kl or "
-                "relation_kl"
-            )
-        safe = smallest_safe_temperature(kind)
-        if safe > 0 and (self.region_pool.kind == "noisy_or" or self.sentence_pool.kind == "sum"):
-            raise ValueError(
-                f"estimator.kind={kind} takes exp(score), and a sum over patches or sentences makes it leave "
-                "float32; choose another region_pool.kind or sentence_pool.kind"
-            )
-        if self.score.kind == "cosine" and self.temperature.smallest < safe:
-            raise ValueError(
-                f"estimator.kind={kind} takes exp(similarity / temperature), which leaves float32 below a "
-                f"temperature of {safe:g}; got {self.temperature.smallest:g}. Raise temperature.minimum, or "
-                "temperature.init of a fixed one"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +97,14 @@ class MethodRecipe(TableRecipe):
         super().__post_init__()
         if self.temperature.policy == "shared":
             raise ValueError("temperature.policy=shared is for extra tables; the main table has its own")
+        if self.between != "image_text":
+            raise ValueError(
+                f"the main table is between image and text; between={self.between} needs an extra one"
+            )
+        for name, table in self.extra_tables.items():
+            check_name(name)
+            if table.temperature.policy == "shared":
+                check_temperature(table, self.temperature)
         for name, table in self.tables.items():
             self._check_table(name, table)
         self._check_heads()

@@ -5,6 +5,7 @@ B local pairs, N pairs of all workers, G guidance width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,17 +39,36 @@ def target_rows(targets: Targets, direction: str, features: PairFeatures, *, vie
 
         def smoothed(rows: slice, is_valid: Tensor | None) -> Tensor:
             like = features.report.new_empty(len(own[rows]), num_pairs)
-            return smoothed_over_negatives(like, own[rows], smoothing=targets.mixing)
+            wanted = smoothed_over_negatives(like, own[rows], smoothing=targets.mixing)
+            return wanted if is_valid is None else _smoothed_among_valid(wanted, own[rows], is_valid)
 
         return smoothed
     if targets.kind == "same_group":
         local, everyone = features.batch.group_keys, features.all_keys("group_keys")
 
         def grouped(rows: slice, is_valid: Tensor | None) -> Tensor:
-            return same_group_log_targets(local[rows], everyone, own[rows]).to(features.report)
+            wanted = same_group_log_targets(local[rows], everyone, own[rows]).to(features.report)
+            if is_valid is None:
+                return wanted
+            return wanted.masked_fill(~is_valid.scatter(1, own[rows, None], True), -torch.inf).log_softmax(1)
 
         return grouped
     return lambda rows, is_valid: None
+
+
+def _smoothed_among_valid(log_targets: Tensor, own: Tensor, is_valid: Tensor) -> Tensor:
+    """The negatives' share spread over those that are candidates; all to the own pair if there are none.
+
+    Args:
+        log_targets: with an equal share for every negative, [q, N].
+        own: column of each query's own pair, [q].
+        is_valid: [q, N].
+    """
+    is_negative = is_valid.scatter(1, own[:, None], False)
+    num_left = is_negative.sum(1, keepdim=True).to(log_targets)
+    more = math.log(log_targets.shape[1] - 1) - num_left.clamp(min=1).log()
+    at_own = log_targets.gather(1, own[:, None]).masked_fill(num_left == 0, 0.0)
+    return (log_targets + more).masked_fill(~is_negative, -torch.inf).scatter(1, own[:, None], at_own)
 
 
 def _soft_rows(targets: Targets, direction: str, features: PairFeatures, *, view: int) -> TargetRows:

@@ -171,23 +171,23 @@ class _Builder:
         return {name: self._compared_direction(sides[name], name) for name in wanted}
 
     def _compared_direction(self, sides: Sides, name: str) -> Direction:
-        queries, keys, own_modality = (
-            (sides.first, sides.all_second, self.sides.all_first)
-            if name == IMAGE_TO_TEXT
-            else (sides.second, sides.all_first, self.sides.all_second)
-        )
+        first_to_second = name == IMAGE_TO_TEXT
+        queries = sides.first if first_to_second else sides.second
+        keys = sides.all_second if first_to_second else sides.all_first
+        adds_own_modality = self.recipe.candidates.modality == "both"
+        own_modality = self.features.gather(queries) if adds_own_modality else None
         finish = self._finish(name)
 
         def rows_of(rows: slice) -> PairTable:
             similarity = self._relaxed(queries[rows] @ keys.T, rows)
             table = finish(self.scale(similarity), rows)
-            if self.recipe.candidates.modality == "cross":
+            if own_modality is None:
                 return table
             # Everybody of the own modality is a negative but the query itself.
             is_other = torch.ones_like(similarity, dtype=torch.bool)
+            if table.is_valid is not None:
+                is_other = table.is_valid
             is_other = is_other.scatter(1, self.features.own[rows][:, None], False)
-            if self.sides.all_is_pair is not None:
-                is_other = is_other & self.sides.all_is_pair
             return table.with_columns(self.scale(queries[rows] @ own_modality.T), is_other)
 
         return Direction(rows_of, len(queries), len(keys))
@@ -227,8 +227,8 @@ class _Builder:
 
 def _candidate_rows(
     recipe: TableRecipe, features: PairFeatures, sides: Sides
-) -> Callable[[slice], Tensor | None]:
-    """Which columns are candidates of a slice of queries, [q, N]; None means all."""
+) -> Callable[[slice | Tensor], Tensor | None]:
+    """Which columns are candidates of some local pairs' queries, [q, N]; None means all."""
     candidates, own, batch = recipe.candidates, features.own, features.batch
     if candidates.kind == "roll":
         rolled = features.rolled()
@@ -242,7 +242,7 @@ def _candidate_rows(
     name = "group_keys" if candidates.exclude == "same_group" else "text_keys"
     local, everyone = getattr(batch, name), features.all_keys(name)
 
-    def differs(rows: slice) -> Tensor:
+    def differs(rows: slice | Tensor) -> Tensor:
         is_other: Tensor = local[rows, None] != everyone[None, :]
         if sides.all_is_pair is not None:
             is_other = is_other & sides.all_is_pair
@@ -265,26 +265,41 @@ def _region_directions(
     Source: Deep InfoMax, arXiv 1808.06670, local objective; patches of the own image other than the one
         sought are no candidates.
     """
-    others = features.all_images(view) if recipe.between == "image_regions" else features.all_reports()
+    sides = sides_of(recipe, features, view)
+    others = sides.all_first if recipe.between == "image_regions" else sides.all_second
     scores_BPN = scale(region_similarities(recipe, state, features, others, view=view))
     num_pairs, num_patches, num_all = scores_BPN.shape
     own, found = features.own, {}
+    query_pair = torch.arange(num_pairs, device=own.device).repeat_interleave(num_patches)
+    is_candidate = _candidate_rows(recipe, features, sides)
     if IMAGE_TO_TEXT in wanted:
-        flat_QN, positive_Q = scores_BPN.flatten(0, 1), own.repeat_interleave(num_patches)
-        found[IMAGE_TO_TEXT] = Direction(
-            lambda rows: PairTable(flat_QN[rows], positive_Q[rows]), num_pairs * num_patches, num_all
-        )
+        flat_QN, patches_QD = scores_BPN.flatten(0, 1), features.patches(view).flatten(0, 1)
+
+        def patch_rows(rows: slice) -> PairTable:
+            return PairTable(
+                flat_QN[rows],
+                own[query_pair[rows]],
+                is_valid=is_candidate(query_pair[rows]),
+                log_baseline=state.log_baseline(patches_QD[rows]),
+            )
+
+        found[IMAGE_TO_TEXT] = Direction(patch_rows, len(query_pair), num_all)
     if TEXT_TO_IMAGE in wanted:
         # [N, P, N] of all images, of which a worker keeps the columns of its own texts.
-        by_text_BNP: Tensor = features.gather(scores_BPN)[:, :, own].permute(2, 0, 1)
+        by_text_BC: Tensor = features.gather(scores_BPN)[:, :, own].permute(2, 0, 1).flatten(1)
         image_of_column = torch.arange(num_all, device=own.device).repeat_interleave(num_patches)
 
-        def rows_of(rows: slice) -> PairTable:
-            query = torch.arange(num_pairs * num_patches, device=own.device)[rows]
-            text, patch = query // num_patches, query % num_patches
-            positive = own[text] * num_patches + patch
-            is_other = image_of_column[None, :] != own[text][:, None]
-            return PairTable(by_text_BNP.flatten(1)[text], positive, is_valid=is_other)
+        def text_rows(rows: slice) -> PairTable:
+            text = query_pair[rows]
+            patch = torch.arange(len(query_pair), device=own.device)[rows] % num_patches
+            is_other = image_of_column != own[text][:, None]
+            allowed = is_candidate(text)
+            return PairTable(
+                by_text_BC[text],
+                own[text] * num_patches + patch,
+                is_valid=is_other if allowed is None else is_other & allowed[:, image_of_column],
+                log_baseline=state.log_baseline(sides.second[text]),
+            )
 
-        found[TEXT_TO_IMAGE] = Direction(rows_of, num_pairs * num_patches, num_all * num_patches)
+        found[TEXT_TO_IMAGE] = Direction(text_rows, len(query_pair), by_text_BC.shape[1])
     return found

@@ -272,7 +272,7 @@ RELAXED_BY = {"cap": RELAXED, "leaky": RELAXED_LEAKY, "capall": RELAXED_ALL, "hi
 def test_relaxed_pairs_equal_the_derived_values(kind):
     golden = tensors("relax_derived")
     image, text = leaf(golden["E"]), leaf(golden["G"])
-    recipe = RELAXED_BY[kind]
+    recipe = replace(RELAXED_BY[kind], temperature=fixed(golden["tau"].item()))
     assert recipe.transform.limit == golden["lam"]
     outputs = given_features(F.normalize(image, dim=1), F.normalize(text, dim=1))
     found = loss_of_features(recipe, outputs)
@@ -288,7 +288,7 @@ def test_relaxed_pairs_equal_the_derived_values(kind):
 def test_the_relaxed_hinge_gives_each_query_its_slack():
     golden = tensors("relax_derived")
     slack = golden["delta"].item()
-    recipe = replace(RELAXED_HINGE, estimator=InfoNCE(slack=slack))
+    recipe = replace(RELAXED_HINGE, estimator=InfoNCE(slack=slack), temperature=fixed(golden["tau"].item()))
     outputs = given_features(*(F.normalize(golden[key], dim=1) for key in "EG"))
     logits = golden["cos"] / golden["tau"]
     rows = [*loop_ce(LoopTable(logits, list(range(6)))), *loop_ce(LoopTable(logits.T, list(range(6))))]
