@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.outputs import NUM_TAGS, PairBatch
-from pipelines.keyed_random import Purpose, keyed_hash, keyed_uniform, text_key
+from pipelines.keyed_random import Epochs, Purpose, keyed_hash, keyed_uniform, text_key
 
 # Aspect ratios of random crops, as everywhere in the field.
 _ASPECT = (3 / 4, 4 / 3)
@@ -72,8 +72,12 @@ class PairRows:
         return len(self.row_keys)
 
 
-def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *, epoch: int) -> PairBatch:
-    """A batch of the rows at `index`; the same for the same (seed, epoch, row id) wherever it runs."""
+def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *, epoch: Epochs) -> PairBatch:
+    """A batch of the rows at `index`; the same for the same (seed, epoch, row id) wherever it runs.
+
+    Args:
+        epoch: of all rows, or of each, int64 [B].
+    """
     keys = rows.row_keys[index]
     texts = _choose_texts(rows, index, keys, settings, epoch)
     token_ids, is_real, is_text = _pad(texts, num_texts=settings.num_texts)
@@ -124,7 +128,7 @@ def first_texts(
 
 
 def _choose_texts(
-    rows: PairRows, index: NDArray[np.int64], keys: NDArray[np.int64], settings: BatchSettings, epoch: int
+    rows: PairRows, index: NDArray[np.int64], keys: NDArray[np.int64], settings: BatchSettings, epoch: Epochs
 ) -> list[list[list[int]]]:
     """Between one and `num_texts` texts of each row, as token lists."""
     draws = keyed_uniform(
@@ -191,7 +195,7 @@ def _hashed_bags(labels: list[list[str]]) -> NDArray[np.bool_]:
 
 
 def _view_boxes(
-    keys: NDArray[np.int64], settings: BatchSettings, epoch: int, *, side: int
+    keys: NDArray[np.int64], settings: BatchSettings, epoch: Epochs, *, side: int
 ) -> NDArray[np.float32]:
     """Random crops (top, left, height, width) in pixels, [V, B, 4]."""
     boxes = np.empty((settings.num_views, len(keys), 4), np.float32)
@@ -214,7 +218,7 @@ def _view_boxes(
 
 
 def _teacher_boxes(
-    boxes: NDArray[np.float32], keys: NDArray[np.int64], settings: BatchSettings, epoch: int, *, side: int
+    boxes: NDArray[np.float32], keys: NDArray[np.int64], settings: BatchSettings, epoch: Epochs, *, side: int
 ) -> NDArray[np.float32]:
     """A crop that covers every view, each edge moved outwards at random, [B, 4].
 

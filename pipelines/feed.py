@@ -38,8 +38,8 @@ class MemoryFeed:
 
     def batches(self, start: int, stop: int) -> Iterator[PairBatch]:
         for step in range(start, stop):
-            index = self._order.rows(step, rank=self._rank, world=self._world)
-            yield collate(self._rows, index, self._settings, epoch=self._order.epoch_of(step))
+            index, epochs = self._order.batch(step, rank=self._rank, world=self._world)
+            yield collate(self._rows, index, self._settings, epoch=epochs)
 
 
 @lru_cache(maxsize=2)
@@ -50,9 +50,15 @@ def load_rows(prepared_uri: str, split: str) -> PairRows:
 
 
 def train_order(prepared: Prepared, *, batch_size: int, seed: int) -> StepOrder:
-    """Order of the training rows."""
+    """Order of the training rows; a mixture's weights are those of the shards its sources fill."""
     shards = prepared.manifest["splits"]["train"]["shards"]
-    return StepOrder(tuple(int(shard["rows"]) for shard in shards), batch_size, seed)
+    weights = tuple(float(shard.get("weight", 1)) for shard in shards)
+    return StepOrder(
+        tuple(int(shard["rows"]) for shard in shards),
+        batch_size,
+        seed,
+        None if set(weights) <= {1.0} else weights,
+    )
 
 
 def streams(kind: str, prepared: Prepared) -> bool:

@@ -19,6 +19,10 @@ _MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2: Final = np.uint64(0x94D049BB133111EB)
 
 
+# Of all rows, or of each row: a batch can end one epoch and begin the next.
+Epochs = int | NDArray[np.int64]
+
+
 class Purpose(IntEnum):
     """What a draw is for; draws for different purposes are independent."""
 
@@ -37,12 +41,13 @@ def text_key(text: str) -> int:
 
 
 def keyed_uniform(
-    keys: NDArray[np.int64], *, seed: int, epoch: int, purpose: Purpose, stream: int = 0, count: int = 1
+    keys: NDArray[np.int64], *, seed: int, epoch: Epochs, purpose: Purpose, stream: int = 0, count: int = 1
 ) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) for each key, [B, count].
 
     Args:
         keys: of the rows, int64 [B].
+        epoch: one for all rows, or that of each row.
         stream: separates draws for the same purpose, such as views.
     """
     state = _salted(keys, seed, epoch, int(purpose), stream)
@@ -52,17 +57,23 @@ def keyed_uniform(
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def keyed_hash(keys: NDArray[np.int64], *, seed: int, epoch: int, purpose: Purpose) -> NDArray[np.int64]:
+def keyed_hash(keys: NDArray[np.int64], *, seed: int, epoch: Epochs, purpose: Purpose) -> NDArray[np.int64]:
     """A 63-bit hash of each key with seed, epoch and purpose, int64 [B]."""
     return (_salted(keys, seed, epoch, int(purpose)) >> np.uint64(1)).astype(np.int64)
 
 
-def _salted(keys: NDArray[np.int64], *salts: int) -> NDArray[np.uint64]:
+def _salted(keys: NDArray[np.int64], *salts: Epochs) -> NDArray[np.uint64]:
     state = keys.astype(np.uint64)
     with np.errstate(over="ignore"):  # the arithmetic is modulo 2^64 on purpose
         for salt in salts:
-            state = _mix(state ^ (np.uint64(salt & 0xFFFFFFFFFFFFFFFF) * _GOLDEN + _GOLDEN))
+            state = _mix(state ^ (_as_uint64(salt) * _GOLDEN + _GOLDEN))
     return state
+
+
+def _as_uint64(salt: Epochs) -> np.uint64 | NDArray[np.uint64]:
+    if isinstance(salt, np.ndarray):
+        return salt.astype(np.uint64)
+    return np.uint64(salt & 0xFFFFFFFFFFFFFFFF)
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -63,9 +63,9 @@ def _build_batches(span: dict[str, NDArray[Any]], feed: StreamFeed) -> Iterator[
     """Ray Data task: the worker's batches of a span of steps, one row each."""
     for first, last in zip(span["first"].tolist(), span["last"].tolist(), strict=True):
         for step in range(first, last):
-            index = feed.order.rows(step, rank=feed.rank, world=feed.world)
+            index, epochs = feed.order.batch(step, rank=feed.rank, world=feed.world)
             rows, local = _read_rows(feed.prepared_uri, feed.order.shard_rows, index)
-            batch = collate(rows, local, feed.settings, epoch=feed.order.epoch_of(step))
+            batch = collate(rows, local, feed.settings, epoch=epochs)
             yield {"batch": [pickle.dumps(batch, protocol=5)]}
 
 
