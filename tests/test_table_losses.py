@@ -1,0 +1,258 @@
+"""Losses of tables by their targets, relaxations and estimators against loops, excluded pairs included."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.bounds import TUBA, Interpolated
+from models.estimators import DonskerVaradhan, InfoNCE, SoftKL
+from models.methods.bounds import BOUND_DV, BOUND_INTERPOLATED, BOUND_JS, BOUND_NWJ, BOUND_TUBA
+from models.methods.clip import CLIP
+from models.methods.cloob import CLOOB
+from models.methods.siglip import SIGLIP
+from models.methods.softclip import SOFTCLIP_TAGS
+from models.outputs import PairOutputs
+from models.recipe import TableRecipe
+from models.table_slots import (
+    Bias,
+    Candidates,
+    Directions,
+    RegionPool,
+    Targets,
+    Temperature,
+    Transform,
+)
+from models.targets import bisect_temperature
+from tests.oracles.bounds import loop_interpolated, loop_nwj, loop_relax, loop_sigmoid, loop_tuba
+from tests.oracles.contrastive import (
+    LoopTable,
+    loop_ce,
+    loop_dv,
+    loop_jsd,
+    loop_kl,
+    loop_relation_kl,
+    loop_soft_ce,
+)
+from tests.oracles.softclip import loop_soft_targets
+from tests.pair_fixture import (
+    SINGLE,
+    build_objective,
+    draw,
+    given_features,
+    loss_of_features,
+    make_batch,
+    tables_of,
+    unit,
+)
+
+B = 6
+X, Y, PATCHES = unit(B, 4), unit(B, 4, seed=1), draw(B, 5, 4, seed=2)
+OUTPUTS = given_features(X, Y, patches=PATCHES)
+GROUPS = torch.tensor([7, 7, 2, 3, 2, 5])
+BATCH = replace(make_batch([4] * B), group_keys=GROUPS, text_keys=torch.tensor([0, 1, 2, 2, 4, 5]))
+OTHER_GROUP = (GROUPS[:, None] != GROUPS) | torch.eye(B, dtype=torch.bool)
+ONE = Temperature(policy="fixed", init=1.0)
+ONE_WAY = Directions(image_to_text=1.0, text_to_image=0.0)
+OTHER_WAY = Directions(image_to_text=0.0, text_to_image=1.0)
+
+
+def both_ways(loop, scores: Tensor, valid: Tensor | None = None) -> float:
+    """Mean of a loop's value with rows and with columns as queries."""
+    tables = [LoopTable(table, list(range(len(scores))), valid) for table in (scores, scores.T)]
+    return sum(loop(table) for table in tables) / 2
+
+
+def mean_ce(table: LoopTable) -> float:
+    return sum(loop_ce(table)) / len(table.positive)
+
+
+def loss(recipe, outputs: PairOutputs = OUTPUTS) -> float:
+    return loss_of_features(recipe, outputs, BATCH).item()
+
+
+# Targets
+
+
+def test_tags_soften_both_directions():
+    tags = F.normalize(BATCH.tags.double(), dim=1)
+    similarities = (tags @ tags.T).fill_diagonal_(1.0)
+    found = bisect_temperature(similarities, torch.arange(B), mass=0.5, num_halvings=24).item()
+    soft, pure = (
+        torch.tensor(loop_soft_targets(similarities, temperature=found, mixing=mixing), dtype=torch.float64)
+        for mixing in (0.3, 1.0)
+    )
+    expected = both_ways(lambda table: sum(loop_kl(table, soft)) / B, X @ Y.T / 0.07)
+    expected += both_ways(lambda table: sum(loop_relation_kl(table, pure)) / B, X @ Y.T / 0.07)
+    assert loss(SOFTCLIP_TAGS) == pytest.approx(expected, rel=1e-6)
+    changed = replace(BATCH, tags=BATCH.tags.roll(1, 0))
+    assert abs(loss_of_features(SOFTCLIP_TAGS, OUTPUTS, changed).item() - expected) > 1e-3
+
+
+def smoothed_targets(valid: Tensor, *, mixing: float) -> Tensor:
+    targets = torch.zeros(B, B, dtype=torch.float64)
+    for row in range(B):
+        others = [column for column in range(B) if column != row and valid[row, column]]
+        for column in others:
+            targets[row, column] = mixing / len(others)
+        targets[row, row] = 1 - mixing if others else 1.0
+    return targets
+
+
+def group_targets(valid: Tensor, keys: Tensor) -> Tensor:
+    targets = torch.zeros(B, B, dtype=torch.float64)
+    for row in range(B):
+        members = [c for c in range(B) if c == row or (keys[c] == keys[row] and valid[row, c])]
+        for column in members:
+            targets[row, column] = 1 / len(members)
+    return targets
+
+
+EVERYBODY = torch.ones(B, B, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("kind", ["smoothed", "same_group"])
+@pytest.mark.parametrize("exclude", ["nothing", "same_text"])
+@pytest.mark.parametrize("estimator", [InfoNCE(), SoftKL()], ids=["ce", "kl"])
+def test_hard_targets_of_several_pairs_keep_to_the_candidates(kind, exclude, estimator):
+    keys = replace(
+        BATCH, text_keys=torch.tensor([0, 0, 2, 3, 4, 4]), group_keys=torch.tensor([7] * 2 + [2] * 4)
+    )
+    is_other = (keys.text_keys[:, None] != keys.text_keys) | torch.eye(B, dtype=torch.bool)
+    valid = is_other if exclude == "same_text" else EVERYBODY
+    wanted = (
+        smoothed_targets(valid, mixing=0.3) if kind == "smoothed" else group_targets(valid, keys.group_keys)
+    )
+    loop = loop_soft_ce if estimator.kind == "ce" else loop_kl
+    recipe = replace(
+        CLIP,
+        temperature=ONE,
+        targets=Targets(kind=kind, mixing=0.3),
+        candidates=Candidates(exclude=exclude),
+        estimator=estimator,
+    )
+    found = loss_of_features(recipe, OUTPUTS, keys).item()
+    expected = both_ways(lambda table: sum(loop(table, wanted)) / B, X @ Y.T, valid)
+    assert found == pytest.approx(expected, rel=1e-7)  # log(1 / size) of a group is float32
+    hard = loss_of_features(replace(recipe, targets=Targets(), estimator=InfoNCE()), OUTPUTS, keys).item()
+    assert abs(hard - expected) > 1e-3
+
+
+def test_a_row_whose_negatives_are_all_excluded_keeps_its_own_pair_as_its_target():
+    alone = replace(BATCH, text_keys=torch.zeros(B, dtype=torch.int64))
+    smoothed = Targets(kind="smoothed", mixing=0.3)
+    recipe = TableRecipe(targets=smoothed, candidates=Candidates(exclude="same_text"))
+    for table in tables_of(recipe, OUTPUTS, alone).values():
+        assert torch.equal(table.log_targets.exp(), torch.eye(B, dtype=torch.float64))
+
+
+# Transforms with excluded candidates
+
+
+@pytest.mark.parametrize("kind", ["cap", "leaky", "cap_all"])
+def test_relaxed_cosines_and_excluded_candidates_go_together(kind):
+    close = F.normalize(X + 0.4 * Y, dim=1)
+    outputs = given_features(X, close, patches=PATCHES)
+    recipe = replace(
+        CLIP,
+        temperature=Temperature(policy="fixed", init=0.2),
+        bias=Bias(policy="fixed", init=0.5),
+        transform=Transform(kind=kind, limit=0.4, slope=0.3),
+        candidates=Candidates(exclude="same_group"),
+    )
+    expected = 0.0
+    for cosines in (X @ close.T, close @ X.T):
+        held = loop_relax(cosines.tolist(), list(range(B)), kind=kind, limit=0.4, slope=0.3)
+        scores = torch.tensor(held, dtype=torch.float64) / 0.2
+        expected += mean_ce(LoopTable(scores, list(range(B)), OTHER_GROUP)) / 2
+    assert loss(recipe, outputs) == pytest.approx(expected, rel=1e-10)
+    for less in ({"transform": Transform()}, {"candidates": Candidates()}):
+        assert abs(loss(replace(recipe, **less), outputs) - expected) > 1e-3
+    # The cosine of a pool is limited as well, whatever the temperature and the bias.
+    pooled = replace(recipe, region_pool=RegionPool(kind="max"))
+    cosines = torch.einsum("bpd,nd->bpn", F.normalize(PATCHES, dim=2), close).amax(1)
+    held_rows = loop_relax(cosines.tolist(), list(range(B)), kind=kind, limit=0.4, slope=0.3)
+    held_columns = loop_relax(cosines.T.tolist(), list(range(B)), kind=kind, limit=0.4, slope=0.3)
+    expected = sum(
+        mean_ce(LoopTable(torch.tensor(held, dtype=torch.float64) / 0.2, list(range(B)), OTHER_GROUP)) / 2
+        for held in (held_rows, held_columns)
+    )
+    assert loss(pooled, outputs) == pytest.approx(expected, rel=1e-10)
+
+
+# Estimators
+
+
+def test_siglip_asks_every_pair_a_question():
+    expected = loop_sigmoid(LoopTable(10 * X @ Y.T - 10, list(range(B))))
+    assert loss(SIGLIP) == pytest.approx(expected, rel=1e-6)
+    objective = build_objective(SIGLIP, OUTPUTS)
+    objective(OUTPUTS, BATCH, None, SINGLE).loss.backward()
+    step = 1e-5
+    moved = [loop_sigmoid(LoopTable(10 * X @ Y.T - 10 + sign * step, list(range(B)))) for sign in (1, -1)]
+    slope = (moved[0] - moved[1]) / (2 * step)
+    assert objective.state_of("main").bias.grad.item() == pytest.approx(slope, rel=1e-5)
+    assert abs(loop_sigmoid(LoopTable(10 * X @ Y.T, list(range(B)))) - expected) > 1
+
+
+def test_bounds_on_the_table_are_their_negatives():
+    scores, fixed = X @ Y.T / 0.2, Temperature(policy="fixed", init=0.2)
+    expected = [
+        (BOUND_NWJ, both_ways(loop_nwj, scores)),
+        (BOUND_TUBA, both_ways(lambda t: loop_tuba(t, [1.0] * B), scores)),
+        (BOUND_DV, -both_ways(loop_dv, scores)),
+        (
+            BOUND_INTERPOLATED,
+            both_ways(lambda t: loop_interpolated(t, [1.0] * B, alpha=1 / (1 + math.exp(2.0))), scores),
+        ),
+        (BOUND_JS, -both_ways(loop_jsd, scores)),
+    ]
+    found = {recipe.name: loss(replace(recipe, temperature=fixed)) for recipe, _ in expected}
+    assert found == pytest.approx({recipe.name: -bound for recipe, bound in expected}, rel=1e-10)
+    assert len({round(value, 3) for value in found.values()}) == 4  # TUBA starts as NWJ
+
+
+@pytest.mark.parametrize("estimator", [TUBA(), Interpolated(alpha_logit=0.5)], ids=["tuba", "interp"])
+def test_a_learned_baseline_is_a_linear_function_of_the_query(estimator):
+    recipe = replace(BOUND_TUBA, temperature=Temperature(policy="fixed", init=0.5), estimator=estimator)
+    objective = build_objective(recipe, OUTPUTS)
+    weight = draw(4, seed=5)
+    with torch.no_grad():
+        objective.state_of("main").baseline.weight.copy_(weight[None])
+    expected = 0.0
+    for queries, scores in ((X, X @ Y.T), (Y, Y @ X.T)):
+        baseline = (queries @ weight + 1.0).tolist()
+        table = LoopTable(scores / 0.5, list(range(B)))
+        if estimator.kind == "tuba":
+            expected -= loop_tuba(table, baseline) / 2
+        else:
+            expected -= loop_interpolated(table, baseline, alpha=1 / (1 + math.exp(-0.5))) / 2
+    report = objective(OUTPUTS, BATCH, None, SINGLE)
+    assert report.loss.item() == pytest.approx(expected, rel=1e-10)
+    assert abs(loss(recipe) - expected) > 1e-2
+    report.loss.backward()
+    assert objective.state_of("main").baseline.weight.grad.abs().max() > 1e-4
+
+
+def test_cloob_with_candidates_of_both_modalities_equals_its_tables():
+    recipe = replace(CLOOB, candidates=Candidates(modality="both", exclude="same_group"))
+    tables = tables_of(recipe, OUTPUTS, BATCH, inverse_temperature=30.0)
+    expected = 0.0
+    for table in tables.values():
+        for own, row in enumerate(table.scores.tolist()):
+            others = [s for c, s in enumerate(row) if c % B != own and OTHER_GROUP[own, c % B]]
+            expected += (math.log(sum(math.exp(s) for s in others)) - row[own]) / (2 * B)
+    assert loss(recipe) == pytest.approx(expected, rel=1e-10)
+    assert abs(loss(CLOOB) - expected) > 1e-2
+
+
+def test_donsker_varadhan_pools_all_negatives_of_excluded_pairs():
+    recipe = replace(
+        CLIP, temperature=ONE, estimator=DonskerVaradhan(), candidates=Candidates(exclude="same_group")
+    )
+    expected = both_ways(loop_dv, X @ Y.T, OTHER_GROUP)
+    assert loss(recipe) == pytest.approx(expected, rel=1e-12)
+    assert abs(loss(replace(recipe, candidates=Candidates())) - expected) > 1e-3
