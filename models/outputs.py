@@ -22,6 +22,32 @@ NUM_TAGS = 128
 
 
 @dataclass(frozen=True)
+class ScoredTokens:
+    """What a scorer outside the trainer says about a batch; it may hold an older teacher than the trainer.
+
+    Attributes:
+        ema_version: step at whose start the trainer's teacher had these weights, int64 [B]; always on the
+            CPU, where it is looked at. -1 where nothing was scored.
+        kept: patches the method's rule keeps in each view, ascending, int16 [V, B, K]; None in steps that
+            do not ask for it.
+        features: as `TeacherOutputs.features`, [B, H]; None unless a head predicts them.
+        seconds: that scoring the batch took.
+    """
+
+    ema_version: Tensor
+    kept: Tensor | None = None
+    features: Tensor | None = None
+    seconds: float = 0.0
+
+    def to(self, device: torch.device) -> ScoredTokens:
+        kept, features = (
+            None if value is None else value.to(device, non_blocking=True)
+            for value in (self.kept, self.features)
+        )
+        return replace(self, kept=kept, features=features)
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """One worker's share of a global batch; everything random in it was drawn from row keys.
 
@@ -38,6 +64,9 @@ class PairBatch:
         draw_keys: hash of (seed, epoch, row); the source of every draw inside the model, int64 [B].
         row_index: position of the row in the training split, int64 [B].
         tags: hashed bag of the row's labels, 0 or 1, float32 [B, NUM_TAGS].
+        scored: None unless patches are scored outside the trainer.
+        whole_scores: scores of the whole image's patches that lie beside the data, float32 [B, patches of
+            the scorer's grid]; None unless scored ahead.
     """
 
     images: Tensor
@@ -53,10 +82,14 @@ class PairBatch:
     draw_keys: Tensor
     row_index: Tensor
     tags: Tensor
+    scored: ScoredTokens | None = None
+    whole_scores: Tensor | None = None
 
     def to(self, device: torch.device) -> PairBatch:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        scored = None if self.scored is None else self.scored.to(device)
+        return replace(self, **moved, scored=scored)
 
 
 @dataclass(frozen=True)
@@ -141,7 +174,8 @@ class TeacherOutputs:
     """What the EMA teacher says about its crop and about text 0.
 
     Attributes:
-        token_scores: class-token attention over the patch grid of each view, [V, B, patches].
+        token_scores: class-token attention over the patch grid of each view, [V, B, patches]; None when
+            patches were scored outside the trainer.
         features: pooled vision feature of the teacher's crop, projected by BYOL's head if there is one,
             [B, H].
         patches: patch tokens of view 0 whole, [B, patches, H]; None unless a head predicts them.
@@ -149,7 +183,7 @@ class TeacherOutputs:
             towers.
     """
 
-    token_scores: Tensor
+    token_scores: Tensor | None
     features: Tensor
     patches: Tensor | None = None
     image_embeds: Tensor | None = None

@@ -26,6 +26,45 @@ from models.training_slots import TokenSelection
 _SMALLEST_GRID_WITH_BLOCKS = 14
 
 
+class TokenScorer(nn.Module):
+    """The part of a teacher that scores patches and gives BYOL its targets; can be sent to another process."""
+
+    def __init__(self, vision: VisionTower, projector: nn.Module | None, recipe: MethodRecipe) -> None:
+        super().__init__()
+        self.vision, self.projector, self.recipe = vision, projector, recipe
+
+    @torch.no_grad()
+    def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Score the teacher's crop once and carry the scores over to every view.
+
+        Returns:
+            Scores [V, B, patches of the grid], and the feature of the crop [B, H], projected by BYOL's head
+            if there is one.
+        """
+        tokens = self.vision(
+            self.shrunk(crop_images(batch.images, batch.teacher_boxes)), with_class_attention=True
+        )
+        scores = class_attention_scores(tokens.class_attention)
+        per_view = [
+            map_scores_to_view(scores, batch.teacher_boxes, boxes, out_side=self.vision.grid)
+            for boxes in batch.view_boxes
+        ]
+        feature = tokens.pooled if self.projector is None else self.projector(tokens.pooled)
+        # Autocast leaves half precision here; heads take norms and scores of these.
+        return torch.stack(per_view), at_least_float32(feature)
+
+    @torch.no_grad()
+    def whole_images(self, pixels: Tensor) -> Tensor:
+        """Scores of whole images, grey levels [B, 3, S, S], on this scorer's own grid, [B, patches]."""
+        tokens = self.vision(self.shrunk(pixels), with_class_attention=True)
+        return class_attention_scores(tokens.class_attention)
+
+    def shrunk(self, images: Tensor) -> Tensor:
+        """Images at the size this teacher scores."""
+        patch_size = int(self.vision.vision.config.patch_size)
+        return shrink_images(images, self.recipe.teacher.image_scale, patch_size=patch_size)
+
+
 class EmaTeacher(nn.Module):
     """A slow float32 copy of the vision tower, or of the whole encoder, and of BYOL's projector."""
 
@@ -57,36 +96,31 @@ class EmaTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: PairBatch) -> TeacherOutputs:
-        """Score the teacher's crop once and carry the scores over to every view."""
-        crops = crop_images(batch.images, batch.teacher_boxes)
-        tokens = self.vision(self.shrunk(crops), with_class_attention=True)
-        scores = class_attention_scores(tokens.class_attention)
-        grid = self.vision.grid
-        per_view = [
-            map_scores_to_view(scores, batch.teacher_boxes, boxes, out_side=grid)
-            for boxes in batch.view_boxes
-        ]
-        target = tokens.pooled if self.projector is None else self.projector(tokens.pooled)
+        """Score the teacher's crop, and everything the recipe's heads and memories ask of the teacher."""
+        scores, features = self.scorer()(batch)
         patches = images = texts = None
         if self.recipe.heads.masked_distillation.weight:
             patches = self.vision(crop_images(batch.images, batch.view_boxes[0])).patches
         if self.encoder is not None:
+            crops = crop_images(batch.images, batch.teacher_boxes)
             images = self.encoder.embed_images(crops)[0]
             texts = self.encoder.embed_texts(batch.token_ids[0], batch.is_real_token[0])[0]
             texts = self.encoder.embed_reports(texts[None], batch.is_text[:1])[0]
         return TeacherOutputs(
-            token_scores=torch.stack(per_view),
-            # Autocast leaves half precision here; heads take norms and scores of these.
-            features=at_least_float32(target),
+            token_scores=scores,
+            features=features,
             patches=None if patches is None else at_least_float32(patches),
             image_embeds=images,
             text_embeds=texts,
         )
 
+    def scorer(self) -> TokenScorer:
+        """The part that scores, sharing this teacher's weights."""
+        return TokenScorer(self.vision, self.projector, self.recipe)
+
     def shrunk(self, images: Tensor) -> Tensor:
         """Images at the size this teacher scores."""
-        patch_size = int(self.vision.vision.config.patch_size)
-        return shrink_images(images, self.recipe.teacher.image_scale, patch_size=patch_size)
+        return self.scorer().shrunk(images)
 
 
 def block_size(selection: TokenSelection, grid: int) -> int:

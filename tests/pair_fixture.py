@@ -133,6 +133,7 @@ def rows_of(batch: PairBatch, rows: slice | Tensor) -> PairBatch:
     cut = {
         f.name: getattr(batch, f.name)[:, rows] if f.name in _SECOND_AXIS else getattr(batch, f.name)[rows]
         for f in fields(batch)
+        if getattr(batch, f.name) is not None
     }
     longest = int(cut["is_real_token"].sum(2).max())
     cut["token_ids"] = cut["token_ids"][:, :, :longest]

@@ -50,8 +50,9 @@ def row_of(batch: PairBatch, position: int) -> dict[str, object]:
     """What belongs to one row of a batch; the text without padding, whose length is the batch's."""
     picked: dict[str, object] = {"text": texts_of(batch)[position]}
     for field in fields(batch):
-        if field.name not in ("token_ids", "is_real_token"):
-            value = getattr(batch, field.name).select(int(field.name in SECOND_AXIS), position)
+        found = getattr(batch, field.name)
+        if found is not None and field.name not in ("token_ids", "is_real_token"):
+            value = found.select(int(field.name in SECOND_AXIS), position)
             picked[field.name] = value.tolist()
     return picked
 
