@@ -26,8 +26,6 @@ from pipelines.prepared import Prepared
 _READERS = 2
 # Label that Ray gives each node.
 _NODE_ID = "ray.io/node-id"
-# What PairRows reads of `schemas.PREPARED`.
-_COLUMNS = ["row_id", "image", "caption_tokens", "sentence_tokens", "labels", "group_id"]
 Columns = dict[str, NDArray[Any]]
 
 
@@ -96,7 +94,7 @@ class StreamEmbed:
 def _read_shards(items: Columns, prepared_uri: str) -> Iterator[pa.Table]:
     """Ray Data task: the rows of some shards with their positions in the split."""
     for shard, first in zip(items["shard"].tolist(), items["first"].tolist(), strict=True):
-        table = Prepared.open(prepared_uri).shard("train", shard).select(_COLUMNS)
+        table = Prepared.open(prepared_uri).shard("train", shard)
         positions = np.arange(first, first + len(table))
         yield table.append_column("row_index", pa.array(positions))
 
