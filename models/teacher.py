@@ -27,7 +27,7 @@ _SMALLEST_GRID_WITH_BLOCKS = 14
 
 
 class TokenScorer(nn.Module):
-    """The part of a teacher that scores patches and gives BYOL its targets; can be sent to another process."""
+    """The part of a teacher that scores patches and gives BYOL its targets; another process may hold it."""
 
     def __init__(self, vision: VisionTower, projector: nn.Module | None, recipe: MethodRecipe) -> None:
         super().__init__()
