@@ -27,7 +27,7 @@ from pipelines.config_tree import load_config
 from pipelines.embed_split import WorkerEmbed
 from pipelines.job import identity
 from pipelines.launch import run_here, run_in_train
-from pipelines.port import LocalPort, TrainPort
+from pipelines.port import LocalPort, TrainPort, TunePort
 from pipelines.prepared import Prepared
 from pipelines.pretrain import run_job
 from pipelines.prototype_step import embedder, find_clusters, refresh_prototypes, uses_pass
@@ -226,12 +226,13 @@ def test_who_embeds(uri):
     worker = object.__new__(TrainPort)
     worker.rank, worker.world = 1, 2
 
-    def chosen(feed: str, port: LocalPort | TrainPort) -> WorkerEmbed | StreamEmbed:
+    def chosen(feed: str, port: LocalPort | TrainPort | TunePort) -> WorkerEmbed | StreamEmbed:
         trainer.train = TRAIN.model_copy(update={"feed": feed, "embed_actors": 3})
         return embedder(trainer, prepared, BATCH, port=port)
 
     assert chosen("memory", worker) == WorkerEmbed(uri, SETTINGS, SingleProcess(), holds_split=True)
-    assert chosen("stream", LocalPort()) == WorkerEmbed(uri, SETTINGS, SingleProcess(), holds_split=False)
+    for port in (LocalPort(), TunePort()):
+        assert chosen("stream", port) == WorkerEmbed(uri, SETTINGS, SingleProcess(), holds_split=False)
     assert chosen("stream", worker) == StreamEmbed(uri, SETTINGS, rank=1, num_actors=3)
 
 
