@@ -6,9 +6,9 @@ the nearest known name.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from models.methods.catalogue import METHODS
 from models.recipe import MethodRecipe
@@ -26,9 +26,11 @@ _COLUMNS = PlainColumns()
 
 
 class ColumnMap(Settings):
-    """Which column of a Parquet source holds what; null means the source has none.
+    """Which column of a source holds what; null means the source has none.
 
-    A default name that the data does not have counts as null; a name given here must be there.
+    A default name that the data does not have counts as null; a name given here must be there. `jpg;png`
+    names alternatives, of which the first one there counts. In tars a column is the ending of a member
+    (`txt`), or a path into its JSON (`json.meta.caption`).
     """
 
     id: str | None = _COLUMNS.id
@@ -44,11 +46,47 @@ class ColumnMap(Settings):
     boxes: str | None = _COLUMNS.boxes
 
 
+def _check_template(template: str | None) -> str | None:
+    if template is not None and (template.count("{}") != 1 or template.count("{") + template.count("}") != 2):
+        raise ValueError(
+            f"caption_template must have one {{}} for the class and no other brace, got '{template}'"
+        )
+    return template
+
+
+CaptionTemplate = Annotated[str | None, AfterValidator(_check_template)]
+
+
+class MixturePart(Settings):
+    """One source of a mixture; what is null here is as `data` says for all of them."""
+
+    source: str
+    # Stands in each row's `source` and before its id; null: the name of the file or folder.
+    name: str | None = Field(None, pattern=r"^[^/:]+$")
+    # How often a row of this source is seen for each time a row of weight 1 is.
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    columns: ColumnMap | None = None
+    where: dict[str, list[str]] | None = None
+    split_names: dict[str, str] | None = None
+    split: str | None = None
+    image_root: str | None = None
+    caption_template: CaptionTemplate = None
+
+
 class DataConfig(Settings):
     """Where image-text pairs come from and how they are prepared."""
 
+    # <kind>:<place>; `clipfleet config --help` and the error of an unknown kind list the kinds.
     source: str = "scenes:quick"
     columns: ColumnMap = ColumnMap()
+    # The split of every row, whatever the data says; null: a column, a folder, a file name or a hash decides.
+    split: str | None = None
+    # Where relative names of images are looked up; null: beside the file that names them.
+    image_root: str | None = None
+    # Makes a caption of the class where a row has no other; image folders use "a photo of a {}".
+    caption_template: CaptionTemplate = None
+    # The parts of source=mixture.
+    mixture: list[MixturePart] = []
     # Row filter: a row stays when each named column holds one of the listed values.
     where: dict[str, list[str]] = {}
     split_names: dict[str, str] = {

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines.schemas import PAIRS
 from pipelines.sources.column_names import PlainColumns
-
-_BOX_FIELDS = {"label", "x", "y", "w", "h"}
+from pipelines.sources.column_types import holds_boxes, holds_texts, is_bytes, is_list, is_text, prints
+from pipelines.sources.image_files import ImageFiles
+from pipelines.sources.rows import Problem, printable, problem, with_problems
+from pipelines.sources.splits import SplitRule
 
 
 @dataclass(frozen=True)
 class ColumnMapper:
-    """Column names, split names and the source name of rows that carry none."""
+    """Column names, where splits come from, and the source name of rows that carry none.
+
+    `caption_template` makes a caption of the class where the columns of texts give none.
+    """
 
     columns: PlainColumns
-    split_names: Mapping[str, str]
+    splits: SplitRule
     default_source: str
+    caption_template: str | None = None
 
     def needed(self, *, with_images: bool = True) -> list[str]:
         """The raw columns to read, without repeats."""
@@ -33,13 +36,19 @@ class ColumnMapper:
             wanted.append(names.image)
         return list(dict.fromkeys(name for name in wanted if name is not None))
 
+    def names_files(self, schema: pa.Schema) -> bool:
+        """Whether the images of a checked file lie in files of their own."""
+        return is_text(schema.field(self.columns.image).type)
+
     def check(self, schema: pa.Schema, *, where: str) -> None:
         """Refuse a file that cannot be mapped.
 
         Raises:
             ValueError: naming each missing or mistyped column, and the columns found.
         """
-        if self.columns.caption is None and self.columns.captions is None:
+        names = self.columns
+        from_class = self.caption_template is not None and names.class_name is not None
+        if names.caption is None and names.captions is None and not from_class:
             raise ValueError("data.columns: one of caption and captions must name a column")
         problems = [f"column '{name}' is missing" for name in self.needed() if name not in schema.names]
         if not problems:
@@ -50,105 +59,138 @@ class ColumnMapper:
                 "data.columns.<name>=<column>, or null where the data has no such column"
             )
 
-    def pairs(self, table: pa.Table, *, made_ids: list[str], with_images: bool = True) -> pa.Table:
+    def pairs(
+        self, table: pa.Table, *, made_ids: list[str], files: ImageFiles, with_images: bool = True
+    ) -> pa.Table:
         """Raw rows as `schemas.PAIRS` (without `image` unless `with_images`).
 
-        `made_ids` are the row ids where no column holds them. A missing image becomes empty bytes, a missing
-        id or split an empty string: `prepare` counts them.
+        `made_ids` are the row ids where no column holds them; `files` reads the images that the table names.
+        Rows that name their image and no group are grouped by it: captions of one image belong together.
+        A missing image becomes empty bytes, a missing id or split an empty string: `prepare` counts them.
         """
-        names = self.columns
-        row_ids = [value or "" for value in _strings(table, names.id)] if names.id else made_ids
-        groups = _strings(table, names.group)
+        names, raw = self.columns, _RawTable(table)
+        row_ids = [value or "" for value in raw.strings(names.id)] if names.id else made_ids
+        groups = raw.strings(names.group)
+        if names.group is None and names.image in table.column_names and self.names_files(table.schema):
+            groups = raw.strings(names.image)
         out: dict[str, Any] = {"row_id": row_ids}
         if with_images:
-            out["image"] = [value or b"" for value in _image_column(table[names.image]).to_pylist()]
-        listed, single = _lists(table, names.captions), _lists(table, names.caption)
-        out["captions"] = [_union(many, one) for many, one in zip(listed, single, strict=True)]
-        out["sentences"] = _lists(table, names.sentences)
-        out["labels"] = [_union(labels) for labels in _lists(table, names.labels)]
-        out["class_name"] = _strings(table, names.class_name)
+            out["image"] = raw.images(names.image, files=files)
+        classes = raw.strings(names.class_name)
+        listed, single = raw.lists(names.captions), raw.lists(names.caption)
+        captions = [_union(many, one) for many, one in zip(listed, single, strict=True)]
+        out["captions"] = [
+            self._caption_of(class_name, texts) for class_name, texts in zip(classes, captions, strict=True)
+        ]
+        out["sentences"] = raw.lists(names.sentences)
+        out["labels"] = [_union(labels) for labels in raw.lists(names.labels)]
+        out["class_name"] = classes
         out["group_id"] = groups
-        out["source"] = [value or self.default_source for value in _strings(table, names.source)]
-        out["split"] = self._splits(table, row_ids=row_ids, groups=groups)
-        out["boxes"] = table[names.boxes].to_pylist() if names.boxes else [None] * len(table)
+        out["source"] = [value or self.default_source for value in raw.strings(names.source)]
+        out["split"] = self._splits(raw, row_ids=row_ids, groups=groups)
+        out["boxes"] = raw.values(names.boxes)
         schema = PAIRS if with_images else PAIRS.remove(PAIRS.get_field_index("image"))
-        return pa.Table.from_pydict(out, schema=schema)
+        return with_problems(pa.Table.from_pydict(out, schema=schema), raw.problems)
 
-    def _splits(self, table: pa.Table, *, row_ids: list[str], groups: list[str | None]) -> list[str]:
+    def _caption_of(self, class_name: str | None, captions: list[str]) -> list[str]:
+        if captions or self.caption_template is None or not class_name:
+            return captions
+        return [self.caption_template.format(class_name)]
+
+    def _splits(self, raw: _RawTable, *, row_ids: list[str], groups: list[str | None]) -> list[str]:
         if self.columns.split is None:
-            return [hashed_split(group or row_id) for group, row_id in zip(groups, row_ids, strict=True)]
-        return [self.split_names.get(value or "", "") for value in _strings(table, self.columns.split)]
+            keys = zip(groups, row_ids, strict=True)
+            return [self.splits.hashed(group or row_id) for group, row_id in keys]
+        return [self.splits.named(value) for value in raw.strings(self.columns.split)]
 
     def _mistyped(self, schema: pa.Schema) -> list[str]:
         names, problems = self.columns, []
         image = schema.field(names.image).type
-        if not _is_bytes(image) and not (pa.types.is_struct(image) and image.get_field_index("bytes") >= 0):
-            problems.append(f"column '{names.image}' must hold encoded image bytes, found {image}")
+        in_struct = pa.types.is_struct(image) and image.get_field_index("bytes") >= 0
+        if not is_bytes(image) and not is_text(image) and not in_struct:
+            problems.append(
+                f"column '{names.image}' must hold encoded image bytes or names of image files, found {image}"
+            )
         for name in (names.id, names.class_name, names.group, names.source, names.split):
-            if name is not None and pa.types.is_nested(schema.field(name).type):
+            if name is not None and not prints(schema.field(name).type):
                 problems.append(
                     f"column '{name}' must hold one value per row, found {schema.field(name).type}"
                 )
         for name in (names.caption, names.captions, names.sentences, names.labels):
-            if name is not None and not _holds_texts(schema.field(name).type):
+            if name is not None and not holds_texts(schema.field(name).type):
                 problems.append(f"column '{name}' must hold texts, found {schema.field(name).type}")
-        if names.boxes is not None and not _holds_boxes(schema.field(names.boxes).type):
+        if names.boxes is not None and not holds_boxes(schema.field(names.boxes).type):
             found = schema.field(names.boxes).type
             problems.append(f"column '{names.boxes}' must be list<struct<label, x, y, w, h>>, found {found}")
         return problems
 
 
-def hashed_split(key: str) -> str:
-    """A split for data that names none: 80 % train, 10 % selection, 10 % test, by the hash of the group."""
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-    return "train" if share < 0.8 else "selection" if share < 0.9 else "test"
+class _RawTable:
+    """Columns of a table as Python values, and what is wrong with the rows that have none.
 
+    Parquet and Arrow files do not promise that their text is UTF-8.
+    """
 
-def _strings(table: pa.Table, name: str | None) -> list[str | None]:
-    """A column as text; numbers as they print."""
-    if name is None:
-        return [None] * len(table)
-    return table[name].cast(pa.string()).to_pylist()
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self.problems: list[Problem | None] = [None] * len(table)
 
+    def strings(self, name: str | None) -> list[str | None]:
+        """A column as text; numbers as they print."""
+        if name is None:
+            return [None] * len(self._table)
+        return self._pylist(self._table[name].cast(pa.string()), name=name)
 
-def _lists(table: pa.Table, name: str | None) -> list[list[str]]:
-    """A column of texts or of lists of texts, as lists without nulls."""
-    if name is None:
-        return [[] for _ in range(len(table))]
-    column = table[name]
-    if not _is_list(column.type):
-        return [[] if value is None else [value] for value in column.cast(pa.string()).to_pylist()]
-    values = column.cast(pa.list_(pa.string())).to_pylist()
-    return [[item for item in value or [] if item is not None] for value in values]
+    def lists(self, name: str | None) -> list[list[str]]:
+        """A column of texts or of lists of texts, as lists without nulls."""
+        if name is None:
+            return [[] for _ in range(len(self._table))]
+        column = self._table[name]
+        if not is_list(column.type):
+            return [[] if value is None else [value] for value in self.strings(name)]
+        values = self._pylist(column.cast(pa.list_(pa.string())), name=name)
+        return [[item for item in value or [] if item is not None] for value in values]
 
+    def values(self, name: str | None) -> list[Any]:
+        return [None] * len(self._table) if name is None else self._pylist(self._table[name], name=name)
 
-def _image_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    # Hugging Face datasets keep an image as struct<bytes, path>.
-    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    def images(self, name: str, *, files: ImageFiles) -> list[bytes]:
+        """Encoded images, from the column itself or from the files it names."""
+        column = self._table[name]
+        if is_text(column.type):
+            return self._from_files(self.strings(name), [None] * len(column), files=files)
+        if not pa.types.is_struct(column.type):
+            return [value or b"" for value in column.to_pylist()]
+        # Hugging Face keeps an image as struct<bytes, path>, either of which may be null.
+        rows = [row or {} for row in self._pylist(column, name=name)]
+        held = [row.get("bytes") for row in rows]
+        named = [None if row.get("bytes") else row.get("path") for row in rows]
+        return self._from_files(named, held, files=files)
+
+    def _from_files(
+        self, names: list[str | None], held: list[bytes | None], *, files: ImageFiles
+    ) -> list[bytes]:
+        if not any(names):
+            return [data or b"" for data in held]
+        read, wrong = files.read(names)
+        for row, found in enumerate(wrong):
+            self.problems[row] = self.problems[row] or found
+        return [here or there for here, there in zip(held, read, strict=True)]
+
+    def _pylist(self, column: pa.ChunkedArray, *, name: str) -> list[Any]:
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            return [self._value(row, value, name=name) for row, value in enumerate(column)]
+
+    def _value(self, row: int, value: pa.Scalar, *, name: str) -> Any:
+        try:
+            return value.as_py()
+        except UnicodeDecodeError as error:
+            message = printable(f"column '{name}' is not UTF-8: {error.reason}")
+            self.problems[row] = self.problems[row] or problem("undecodable_text", message)
+            return None
 
 
 def _union(*lists: list[str]) -> list[str]:
     return list(dict.fromkeys(item for values in lists for item in values))
-
-
-def _is_bytes(type_: pa.DataType) -> bool:
-    return (
-        pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_fixed_size_binary(type_)
-    )
-
-
-def _is_list(type_: pa.DataType) -> bool:
-    return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-
-
-def _holds_texts(type_: pa.DataType) -> bool:
-    item = type_.value_type if _is_list(type_) else type_
-    return not pa.types.is_nested(item) and not _is_bytes(item)
-
-
-def _holds_boxes(type_: pa.DataType) -> bool:
-    if pa.types.is_null(type_):
-        return True
-    if not _is_list(type_) or not pa.types.is_struct(type_.value_type):
-        return False
-    return {field.name for field in type_.value_type} >= _BOX_FIELDS

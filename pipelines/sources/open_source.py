@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
+
 from pipelines.sources.parquet import ParquetSource
 from pipelines.sources.scenes import SceneSource
 from pipelines.sources.source import PairSource, SourceSettings
+from pipelines.sources.webdataset import WebdatasetSource
+
+Opener = Callable[[SourceSettings, str], PairSource]
+
+# By kind: how it is opened with what follows the colon, and an example.
+KINDS: dict[str, tuple[Opener, str]] = {
+    "scenes": (lambda settings, rest: SceneSource(settings, design=rest), "scenes:quick"),
+    "webdataset": (
+        lambda settings, rest: WebdatasetSource(settings, spec=rest),
+        "webdataset:tars/{00000..00127}.tar",
+    ),
+    "parquet": (lambda settings, rest: ParquetSource(settings, uri=rest), "parquet:pairs.parquet"),
+}
 
 
 def open_source(settings: SourceSettings) -> PairSource:
@@ -14,15 +30,18 @@ def open_source(settings: SourceSettings) -> PairSource:
         ValueError: unknown kind or design, absent file, missing or mistyped column, unknown split, or a row
             filter that no row passes.
     """
-    kind, colon, rest = settings.source.partition(":")
-    if colon and kind == "scenes":
-        return SceneSource(settings, design=rest)
-    if colon and kind == "parquet" and rest:
-        return ParquetSource(settings, uri=rest)
-    raise ValueError(
-        "data.source must be scenes:quick, scenes:tokens or parquet:<file or folder, local or s3://...>, "
-        f"got '{settings.source}'"
-    )
+    kind, _, rest = settings.source.partition(":")
+    # A mixture may list its parts in the config instead of a file.
+    if kind not in KINDS or not (rest or settings.source == "mixture"):
+        close = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.6) if kind not in KINDS else []
+        meant = f"; did you mean '{close[0]}:'?" if close else ""
+        examples = ", ".join(example for _, example in KINDS.values())
+        raise ValueError(
+            f"data.source must be <kind>:<place>, one of {examples} (local or s3://...), "
+            f"got '{settings.source}'{meant}"
+        )
+    opener, _ = KINDS[kind]
+    return opener(settings, rest)
 
 
 def source_identity(settings: SourceSettings) -> str:

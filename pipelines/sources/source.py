@@ -6,7 +6,7 @@ what makes everything downstream independent of parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,29 @@ READ_CPUS = 0.5
 # Decoding keeps a core busy, and a job of one stage has no other to starve: half a core per task would
 # start twice the worker processes for the same work.
 _PIECE_CPUS = 1
+
+
+class PartSettings(Protocol):
+    """One source of a mixture; None: as the data config says for all of them."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def columns(self) -> ColumnNames | None: ...
+    @property
+    def where(self) -> Mapping[str, list[str]] | None: ...
+    @property
+    def split_names(self) -> Mapping[str, str] | None: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def image_root(self) -> str | None: ...
+    @property
+    def caption_template(self) -> str | None: ...
 
 
 class SourceSettings(Protocol):
@@ -45,6 +68,14 @@ class SourceSettings(Protocol):
     def num_test(self) -> int: ...
     @property
     def rows_per_shard(self) -> int: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def image_root(self) -> str | None: ...
+    @property
+    def caption_template(self) -> str | None: ...
+    @property
+    def mixture(self) -> Sequence[PartSettings]: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +91,10 @@ class Piece:
 
 
 class PairSource(Protocol):
-    """Rows of `schemas.PAIRS`, in pieces. Sent to workers whole, so it holds no open file."""
+    """Rows of `schemas.PAIRS`, in pieces. Sent to workers whole, so it holds no open file.
+
+    What cannot be read is a row too: with `schemas.PROBLEM` beside the others, so that it is counted.
+    """
 
     @property
     def identity(self) -> str:
