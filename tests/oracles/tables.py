@@ -58,3 +58,17 @@ def loop_region_rule(scores: Tensor, *, rule: str) -> Rows:
 
         table.append(max(patches, key=merit))
     return table
+
+
+def loop_uniformity(rows: Tensor, *, scale: float) -> float:
+    """log of the mean of exp(-scale * squared distance) over all pairs of different rows.
+
+    Source: Wang and Isola, arXiv 2005.10242.
+    """
+    points = rows.tolist()
+    values = [
+        math.exp(-scale * sum((x - y) ** 2 for x, y in zip(points[i], points[j], strict=True)))
+        for i in range(len(points))
+        for j in range(i)
+    ]
+    return math.log(sum(values) / len(values))
