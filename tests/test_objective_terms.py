@@ -5,16 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.distillation import removed_patches
 from models.features import PairFeatures
+from models.heads import byol_loss
 from models.keyed_noise import Draw, keyed_uniform
+from models.methods.aclip import ACLIP
 from models.methods.clip import CLIP
+from models.methods.slip import SLIP
 from models.objective import LossReport, Objective
-from models.outputs import MaskedImage, MaskedText
+from models.outputs import MaskedImage, MaskedText, TeacherOutputs
 from models.prior import prior_rows
 from models.regularisers import projection_directions
+from models.table_slots import Temperature
 from models.training_slots import (
     BYOLHead,
     CaptionHead,
@@ -32,6 +37,7 @@ from models.training_slots import (
     Uniformity,
 )
 from tests.given_outputs import batch_for, outputs_for, teacher_for
+from tests.golden_files import assert_golden, leaf, tensors
 from tests.oracles.aclip import loop_byol, loop_simclr
 from tests.oracles.heads import (
     loop_caption_rows,
@@ -43,7 +49,7 @@ from tests.oracles.heads import (
 )
 from tests.oracles.tables import loop_uniformity
 from tests.oracles.tier import loop_entropies, loop_means
-from tests.pair_fixture import SINGLE, build_objective
+from tests.pair_fixture import SINGLE, build_objective, given_features, make_batch
 
 RECIPE = replace(
     CLIP,
@@ -97,9 +103,9 @@ def mean_of_counted(rows: list[tuple[float, int]]) -> float:
 
 def entropies(name: str) -> float:
     """Of the matched words and patches of each view, averaged over views."""
-    words = torch.nn.functional.normalize(OUTPUTS.text_tokens, dim=2)
+    words = F.normalize(OUTPUTS.text_tokens, dim=2)
     found = []
-    for patches in torch.nn.functional.normalize(OUTPUTS.image_tokens, dim=3):
+    for patches in F.normalize(OUTPUTS.image_tokens, dim=3):
         cosines = torch.einsum("btd,bpd->btp", words, patches)
         both = loop_entropies(cosines, temperature=0.5, is_real_token=OUTPUTS.is_real_token)
         found.append(loop_means(both[name == "patch_over_tokens"])[0])
@@ -196,9 +202,69 @@ TERMS = {
 @pytest.mark.parametrize("name", TERMS)
 def test_each_term_is_its_weight_times_the_loop(name, objective, report, elsewhere):
     weight, loop = TERMS[name]
-    # directions of the sliced distance are float32, the rest is float64
     assert report.terms[name].item() == pytest.approx(weight * loop(objective), rel=1e-9)
     assert abs(elsewhere.terms[name] / report.terms[name] - 1) > 1e-4
+
+
+class Same(torch.nn.Identity):
+    """A head that leaves its input as it is: stored values are those after the heads."""
+
+
+def test_slip_contrasts_its_text_with_the_first_view_and_the_other_two_with_each_other():
+    golden = tensors("slip_total_0")
+    image, text, first, second = (leaf(golden[key]) for key in ("image", "text", "aug1", "aug2"))
+    views = F.normalize(torch.stack([image, second, first]), dim=2)  # whatever the others' embeddings are
+    outputs = replace(
+        given_features(views, F.normalize(text, dim=1)),
+        image_features=torch.stack([first.detach(), first, second]),
+    )
+    fixed = Temperature(policy="fixed", init=1 / golden["logit_scale"].item())
+    objective = build_objective(replace(SLIP, temperature=fixed), outputs)
+    objective.heads.simclr = Same()
+    report = objective(outputs, make_batch([4] * 4), None, SINGLE)
+    assert_golden(report.terms["main"], golden["clip_loss"])
+    assert_golden(report.terms["simclr"], golden["ssl_loss"])
+    assert_golden(report.loss, golden["loss"])
+    report.loss.backward()
+    for key, value in {"image": image, "text": text, "aug1": first, "aug2": second}.items():
+        assert_golden(value.grad, golden[f"g_{key}"])
+    all_views = replace(SLIP, temperature=fixed, views="all", heads=Heads())
+    assert abs(build_objective(all_views, outputs)(outputs, make_batch([4] * 4), None, SINGLE).loss) > 1
+
+
+def test_aclip_adds_its_heads_at_the_released_weights():
+    """But for SimCLR, which the release feeds with one view twice; the stored mended value has two."""
+    golden = tensors("aclip_loss_0")
+    image, text, ssl, byol = (
+        leaf(golden[key]) for key in ("image_embed", "text_embed", "image_ssl_embed", "byol_feats")
+    )
+    views = F.normalize(image.view(2, 4, -1), dim=2)
+    outputs = given_features(views, F.normalize(text, dim=1))
+    scale = golden["logit_scale"].item()
+    recipe = replace(ACLIP, temperature=Temperature(policy="fixed", init=1 / scale))
+
+    def terms_of(features: Tensor) -> LossReport:
+        given = replace(outputs, image_features=features.view(2, 4, -1))
+        objective = build_objective(recipe, given)
+        for head in ("simclr", "byol_projector", "byol_predictor"):
+            setattr(objective.heads, head, Same())
+        teacher = TeacherOutputs(torch.zeros(1), golden["byol_feats_e"])
+        found: LossReport = objective(given, make_batch([4] * 4), teacher, SINGLE)
+        return found
+
+    contrastive, prediction = terms_of(ssl), terms_of(byol)
+    assert_golden(contrastive.terms["main"], 0.5 * (golden["contra1"] + golden["contra2"]))
+    assert_golden(contrastive.terms["simclr"], golden["simclr_fixed"])
+    assert_golden(prediction.terms["byol"], 2 * golden["byol"])
+    (contrastive.loss - 2 * byol_loss(ssl, golden["byol_feats_e"].repeat(2, 1))).backward()
+    assert_golden(ssl.grad, golden["g_ssl_fixed"])
+    assert_golden(image.grad, golden["g_image_embed"])
+    assert_golden(text.grad, golden["g_text_embed"])
+    released = golden["loss"] - golden["simclr"] + golden["simclr_fixed"]
+    assert_golden(
+        contrastive.terms["main"] + contrastive.terms["simclr"] + prediction.terms["byol"], released
+    )
+    assert abs(released - golden["loss"]) > 1
 
 
 def test_terms_add_up(report):
