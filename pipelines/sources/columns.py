@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +61,22 @@ class ColumnMapper:
             )
 
     def pairs(
-        self, table: pa.Table, *, made_ids: list[str], files: ImageFiles, with_images: bool = True
+        self,
+        table: pa.Table,
+        *,
+        made_ids: list[str],
+        files: ImageFiles,
+        with_images: bool = True,
+        known: Sequence[Problem | None] | None = None,
     ) -> pa.Table:
         """Raw rows as `schemas.PAIRS` (without `image` unless `with_images`).
 
-        `made_ids` are the row ids where no column holds them; `files` reads the images that the table names.
+        `made_ids` are the row ids where no column holds them; `files` reads the images that the table names;
+        `known` is what was found wrong with rows before.
         Rows that name their image and no group are grouped by it: captions of one image belong together.
         A missing image becomes empty bytes, a missing id or split an empty string: `prepare` counts them.
         """
-        names, raw = self.columns, _RawTable(table)
+        names, raw = self.columns, _RawTable(table, known)
         row_ids = [value or "" for value in raw.strings(names.id)] if names.id else made_ids
         groups = raw.strings(names.group)
         if names.group is None and names.image in table.column_names and self.names_files(table.schema):
@@ -131,9 +139,9 @@ class _RawTable:
     Parquet and Arrow files do not promise that their text is UTF-8.
     """
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, known: Sequence[Problem | None] | None) -> None:
         self._table = table
-        self.problems: list[Problem | None] = [None] * len(table)
+        self.problems = [None] * len(table) if known is None else list(known)
 
     def strings(self, name: str | None) -> list[str | None]:
         """A column as text; numbers as they print."""

@@ -18,6 +18,9 @@ from pipelines.storage import filesystem
 # A longer file is a film or an archive in the wrong place.
 MAX_IMAGE_BYTES = 1 << 28
 
+# For the user: files that a table names are too many to look at before anything starts.
+NAMED_IMAGES_NOTE = "images lie in files of their own: a changed image under an old name is not noticed"
+
 _LOCAL_THREADS = 4
 _REMOTE_THREADS = 32
 _NOT_A_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -83,6 +86,8 @@ class _Places:
             raise UnusableError(
                 "missing_image", f"'{name}' is an address of the web; download the images first (img2dataset)"
             )
+        if scheme == "file":
+            return pafs.LocalFileSystem(), rest
         path, _, query = rest.partition("?")
         bucket, _, key = path.partition("/")
         query = query or (self._query if scheme == self._scheme else "")

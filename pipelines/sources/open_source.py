@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from pipelines.sources.csv_table import CsvSource
 from pipelines.sources.parquet import ParquetSource
 from pipelines.sources.scenes import SceneSource
 from pipelines.sources.source import PairSource, SourceSettings
@@ -20,6 +21,7 @@ KINDS: dict[str, tuple[Opener, str]] = {
         "webdataset:tars/{00000..00127}.tar",
     ),
     "parquet": (lambda settings, rest: ParquetSource(settings, uri=rest), "parquet:pairs.parquet"),
+    "csv": (lambda settings, rest: CsvSource(settings, uri=rest), "csv:captions.tsv"),
 }
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.sources.column_names import PlainColumns, absent_notes
 from pipelines.sources.columns import ColumnMapper
 from pipelines.sources.files import THREADS, SourceFile, files_at, folder_of, identity_of, pack, stem_of
-from pipelines.sources.image_files import ImageFiles
+from pipelines.sources.image_files import NAMED_IMAGES_NOTE, ImageFiles
 from pipelines.sources.row_filter import arrow_filter
 from pipelines.sources.rows import pairs_table, problem, unusable_row
 from pipelines.sources.source import Piece, SourceSettings
@@ -31,7 +31,6 @@ _MADE_ID = "made row id"
 _SAMPLE_ROWS = 8
 # What pyarrow raises on pages that do not hold what their header says.
 _DAMAGE = (pa.ArrowInvalid, OSError)
-NAMED_IMAGES_NOTE = "images lie in files of their own: a changed image under an old name is not noticed"
 
 
 @dataclass(frozen=True)
