@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.bounds import TUBA, Interpolated
-from models.estimators import DonskerVaradhan, InfoNCE, SoftKL
+from models.bounds import NWJ, TUBA, Interpolated
+from models.estimators import DonskerVaradhan, InfoNCE, RelationKL, SoftKL
 from models.methods.bounds import BOUND_DV, BOUND_INTERPOLATED, BOUND_JS, BOUND_NWJ, BOUND_TUBA
 from models.methods.clip import CLIP
 from models.methods.cloob import CLOOB
 from models.methods.siglip import SIGLIP
 from models.methods.softclip import SOFTCLIP_TAGS
-from models.outputs import PairOutputs
+from models.outputs import NUM_TAGS, PairOutputs
 from models.recipe import TableRecipe
 from models.table_slots import (
     Bias,
@@ -26,7 +26,8 @@ from models.table_slots import (
     Temperature,
     Transform,
 )
-from models.targets import bisect_temperature
+from models.targets import bisect_temperature, mean_off_diagonal_mass
+from tests.golden_files import assert_golden, leaf, tensors
 from tests.oracles.bounds import loop_interpolated, loop_nwj, loop_relax, loop_sigmoid, loop_tuba
 from tests.oracles.contrastive import (
     LoopTable,
@@ -90,6 +91,36 @@ def test_tags_soften_both_directions():
     assert loss(SOFTCLIP_TAGS) == pytest.approx(expected, rel=1e-6)
     changed = replace(BATCH, tags=BATCH.tags.roll(1, 0))
     assert abs(loss_of_features(SOFTCLIP_TAGS, OUTPUTS, changed).item() - expected) > 1e-3
+
+
+def test_softclip_at_the_stored_temperature_has_its_values_and_gradients():
+    """Guidance of images in one patch each, that of texts in the tags; the stored temperature of the targets
+    is given as the mass it leaves, which is found again by halving: 1e-6."""
+    golden = tensors("softclip_loss_0")
+    image, text = leaf(golden["v"]), leaf(golden["t"])
+    tags = F.pad(golden["a"], (0, NUM_TAGS - golden["a"].shape[1]))
+    batch = replace(make_batch([4] * 4), tags=tags)
+    scale = Temperature(policy="fixed", init=1 / golden["scale"].item())
+    totals = {"soft": 0.0, "re": 0.0}
+    for directions, key, guidance in ((ONE_WAY, "v2t", golden["r"]), (OTHER_WAY, "t2v", golden["a"])):
+        rows = F.normalize(guidance, dim=1)
+        mass = mean_off_diagonal_mass(rows @ rows.T, torch.arange(4), temperature=golden["tau_intra"].item())
+        for name, mixing, estimator in (
+            ("soft", golden["beta"].item(), SoftKL()),
+            ("re", 1.0, RelationKL()),
+        ):
+            targets = Targets(kind="soft", mixing=mixing, off_diagonal_mass=mass.item(), text_guidance="tags")
+            recipe = replace(
+                CLIP, targets=targets, estimator=estimator, directions=directions, temperature=scale
+            )
+            units = (F.normalize(side, dim=1) for side in (image, text))
+            found = loss_of_features(recipe, given_features(*units, patches=golden["r"][:, None]), batch)
+            assert_golden(found, golden[f"{name}_{key}"], atol=1e-6)
+            totals[name] = totals[name] + 0.5 * found
+    (totals["soft"] + totals["re"]).backward()
+    assert_golden(image.grad, golden["g_total_v"], atol=1e-6)
+    assert_golden(text.grad, golden["g_total_t"], atol=1e-6)
+    assert abs(totals["soft"] - golden["soft"]) < 1e-6 < abs(totals["re"] - golden["soft"])
 
 
 def smoothed_targets(valid: Tensor, *, mixing: float) -> Tensor:
@@ -213,6 +244,36 @@ def test_bounds_on_the_table_are_their_negatives():
     found = {recipe.name: loss(replace(recipe, temperature=fixed)) for recipe, _ in expected}
     assert found == pytest.approx({recipe.name: -bound for recipe, bound in expected}, rel=1e-10)
     assert len({round(value, 3) for value in found.values()}) == 4  # TUBA starts as NWJ
+
+
+RELEASED = {
+    "nwj": NWJ(),
+    "dv": DonskerVaradhan(),
+    "tuba": TUBA(),
+    **{f"interp_{logit:+d}": Interpolated(alpha_logit=logit) for logit in (-20, -2, 0, 2, 20)},
+}
+
+
+@pytest.mark.parametrize("key", RELEASED)
+def test_bounds_of_the_released_table_are_their_negatives(key):
+    """The scores themselves are the images' features and texts are unit vectors, so the table is theirs."""
+    golden = tensors("vbmi_official_bounds")
+    recipe = replace(CLIP, temperature=ONE, directions=ONE_WAY, estimator=RELEASED[key])
+
+    def loss_of(scores: Tensor) -> Tensor:
+        outputs = given_features(scores, torch.eye(6, dtype=torch.float64))
+        objective = build_objective(recipe, outputs)
+        if recipe.estimator.kind in ("tuba", "interp"):
+            objective.state_of("main").log_baseline = lambda queries: golden["log_baseline"]
+        loss: Tensor = objective(outputs, make_batch([4] * 6), None, SINGLE).loss
+        return loss
+
+    scores = leaf(golden["scores"])
+    found = loss_of(scores)
+    assert_golden(-found, golden[key])
+    found.backward()
+    assert_golden(-scores.grad, golden[f"{key}_grad"])
+    assert abs(loss_of(golden["scores"].roll(1, 0)) + golden[key]) > 1e-3
 
 
 @pytest.mark.parametrize("estimator", [TUBA(), Interpolated(alpha_logit=0.5)], ids=["tuba", "interp"])
