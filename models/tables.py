@@ -188,7 +188,8 @@ class _Builder:
             if table.is_valid is not None:
                 is_other = table.is_valid
             is_other = is_other.scatter(1, self.features.own[rows][:, None], False)
-            return table.with_columns(self.scale(queries[rows] @ own_modality.T), is_other)
+            own_similarity = self._relaxed(queries[rows] @ own_modality.T, rows)
+            return table.with_columns(self.scale(own_similarity), is_other)
 
         return Direction(rows_of, len(queries), len(keys))
 

@@ -214,6 +214,17 @@ def test_relaxed_cosines_and_excluded_candidates_go_together(kind):
     assert loss(pooled, outputs) == pytest.approx(expected, rel=1e-10)
 
 
+def test_capping_every_pair_caps_those_of_the_own_modality():
+    recipe = TableRecipe(
+        transform=Transform(kind="cap_all", limit=0.2), candidates=Candidates(modality="both"), bias=Bias()
+    )
+    found = tables_of(recipe, OUTPUTS, BATCH)
+    for queries, keys, table in ((X, Y, found["image_to_text"]), (Y, X, found["text_to_image"])):
+        cosines = torch.cat([queries @ keys.T, queries @ queries.T], 1)
+        torch.testing.assert_close(table.scores, cosines.clamp(max=0.2))
+        assert (cosines[table.is_valid] > 0.2).any()
+
+
 # Estimators
 
 
