@@ -116,6 +116,12 @@ def is_kept(kept_BK: Tensor, num_patches: int) -> Tensor:
     return mask.scatter(1, kept_BK, True)
 
 
+def kept_iou(a_BK: Tensor, b_BK: Tensor, num_patches: int) -> Tensor:
+    """Intersection over union of two choices of patches, [B]; two random halves have about 1/3."""
+    a_BP, b_BP = is_kept(a_BK, num_patches), is_kept(b_BK, num_patches)
+    return (a_BP & b_BP).sum(1) / (a_BP | b_BP).sum(1)
+
+
 def _first(order_BM: Tensor, count: int) -> Tensor:
     return order_BM[:, :count].sort(dim=1).values
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 from models.methods.catalogue import METHODS
 from models.recipe import MethodRecipe
 from models.towers import TowerSettings
+from pipelines.scoring import ScoringConfig, recipe_in_mode
 from pipelines.sources.column_names import PlainColumns
 
 Tree = dict[str, Any]
@@ -233,6 +234,7 @@ class Config(Settings):
     model: TowerSettings = TowerSettings()
     method: MethodRecipe = METHODS["clip"]
     train: TrainConfig = TrainConfig()
+    scoring: ScoringConfig = ScoringConfig()
     evaluation: EvalConfig = EvalConfig()
     sweep: SweepConfig = SweepConfig()
 
@@ -244,6 +246,11 @@ class Config(Settings):
                 f"and {self.train.num_workers}"
             )
         return self
+
+    @property
+    def recipe(self) -> MethodRecipe:
+        """The method as it is trained: `scoring.mode` may replace its token selection."""
+        return recipe_in_mode(self.method, self.scoring.mode)
 
     def tree(self) -> Tree:
         """The resolved tree as plain values, for records and files."""

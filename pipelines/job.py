@@ -36,6 +36,16 @@ _FREE = {
         "start_from",
         "table_rows_per_chunk",
     },
+    "scoring": {
+        "min_actors",
+        "max_actors",
+        "cpus_per_actor",
+        "gpus_per_actor",
+        "node_labels",
+        "timeout_s",
+        # The place; the scores in it are named by the prepared data's own manifest.
+        "scored_data",
+    },
 }
 
 

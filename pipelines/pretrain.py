@@ -29,6 +29,7 @@ from pipelines.port import Port
 from pipelines.prepared import Prepared
 from pipelines.prototype_step import embedder, refresh_prototypes
 from pipelines.run_record import RunRecord
+from pipelines.score_tokens import Lead, ScoredFeed, score_stream
 from pipelines.stream_feed import StreamFeed
 from pipelines.train_step import NonFiniteLossError, TextSpec, Trainer
 
@@ -58,7 +59,7 @@ def run_job(job: Job, port: Port) -> Outcome:
     run = _Run(job, config, port)
     with run.recording_failure():
         run.build()
-        for batch in run.feed().batches(run.trainer.step, config.train.steps):
+        for batch in run.batches():
             run.step(batch)
         return run.finish()
 
@@ -70,12 +71,13 @@ def build_trainer(
     tokenizer = prepared.tokenizer()
     text = TextSpec(tokenizer.vocab_size, tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id)
     return Trainer(
-        config.method,
+        config.recipe,
         config.model,
         text,
         config.train,
         seed=config.seed,
         num_rows=prepared.num_rows("train"),
+        scoring=config.scoring,
         gather=gather,
         device=device,
     )
@@ -135,6 +137,31 @@ class _Run:
                 write_start(self.job.folder, self.config, found)
         self.started = time.monotonic()
 
+    def batches(self) -> Iterator[PairBatch]:
+        """The batches still to be trained on."""
+        scores_elsewhere = self.config.scoring.mode == "stream"
+        feed, lead = self.scored_feed() if scores_elsewhere else (self.feed(), None)
+        first, end = self.trainer.step, self.config.train.steps
+        found = feed.batches(first, end)
+        for _ in range(first, end):
+            if lead is not None:
+                lead.ask()
+            started = time.perf_counter()
+            batch = next(found)
+            self.trainer.meter.add_wait(time.perf_counter() - started)
+            yield batch
+
+    def scored_feed(self) -> tuple[ScoredFeed, Lead]:
+        """Batches whose patches are scored on the way, and what lets them come."""
+        feed = StreamFeed(
+            self.job.prepared,
+            self.order,
+            self._batch_settings(),
+            rank=self.port.rank,
+            world=self.port.world,
+        )
+        return score_stream(self.trainer, feed, run_id=self.job.run_id)
+
     def feed(self) -> Feed:
         """The training batches of this worker."""
         order, place, settings = self.order, self.job.prepared, self._batch_settings()
@@ -147,7 +174,10 @@ class _Run:
         """One optimiser step and whatever is due before and after it."""
         train = self.config.train
         clustered = self._refresh_prototypes()
+        self._watch_scorers(batch)
+        meter, started = self.trainer.meter, time.perf_counter()
         report = self.trainer.run_step(batch)
+        meter.add_step(time.perf_counter() - started)
         step = self.trainer.step
         is_last = step == train.steps
         is_logged = step % train.log_every == 0 or step == 1 or is_last or clustered is not None
@@ -155,6 +185,7 @@ class _Run:
             position = {"step": step, "epoch": self.order.epoch_of(step - 1)}
             seen = {"samples_seen": step * train.batch_size, "seconds": self.seconds}
             line = report.as_line() | ({} if clustered is None else {"prototypes": clustered})
+            line["diagnostics"] |= meter.take()
             self.record.log(
                 {**position, **seen, **line, "temperature": line["diagnostics"]["temperature/main"]}
             )
@@ -187,6 +218,16 @@ class _Run:
         self.epoch = epoch
         embed = embedder(self.trainer, self.prepared, self._batch_settings(), port=self.port)
         return refresh_prototypes(self.trainer, embed, epoch=epoch)
+
+    def _watch_scorers(self, batch: PairBatch) -> None:
+        """Note what scorers outside the trainer did for a batch."""
+        if batch.scored is None or self.record is None:
+            return
+        self.trainer.meter.add_scored(batch.scored.seconds, actors=self.config.scoring.max_actors)
+        if (self.trainer.step + 1) % self.config.train.evaluate_every == 0:
+            overlap = self.trainer.overlap_with_own_scores(batch)
+            if overlap is not None:
+                self.trainer.meter.add_overlap(overlap)
 
     def _select(self, step: int) -> None:
         """Value of the selection metric; rank 0 evaluates while the others wait at the report."""
@@ -232,7 +273,7 @@ class _Run:
             raise
 
     def _batch_settings(self) -> BatchSettings:
-        features = self.config.method.features
+        features = self.config.recipe.features
         return BatchSettings(
             seed=self.config.seed,
             text=features.text,

@@ -25,18 +25,22 @@ def runs_at_once(config: Config, prepared: Prepared) -> int:
     """
     train, total = config.train, ray.cluster_resources()
     cpus = train.cpus_per_worker * train.num_workers
-    if streams(config.train.feed, prepared):
+    if streams(config.train.feed, prepared) or config.scoring.mode == "stream":
         cpus += CPUS_PER_TASK * train.num_workers
+    scoring = config.scoring
+    scorers = scoring.min_actors * train.num_workers if scoring.mode == "stream" else 0
+    cpus += scoring.cpus_per_actor * scorers
     fits = math.floor(total.get("CPU", 0) / cpus)
     gpus = gpus_per_worker(config) * train.num_workers + embedding_gpus(config, prepared)
+    gpus += scoring.gpus_per_actor * scorers
     if gpus:
         fits = min(fits, math.floor(total.get("GPU", 0) / gpus))
     if fits < 1:
         raise ValueError(
             f"one run needs {cpus:g} CPUs ({train.num_workers} workers of {train.cpus_per_worker:g}, and the "
-            f"tasks that feed them) and {gpus:g} GPUs, the cluster has {total.get('CPU', 0):g} CPUs and "
-            f"{total.get('GPU', 0):g} GPUs; lower train.num_workers, train.cpus_per_worker or "
-            "train.embed_gpus"
+            f"tasks and scorers that feed them) and {gpus:g} GPUs, the cluster has {total.get('CPU', 0):g} "
+            f"CPUs and {total.get('GPU', 0):g} GPUs; lower train.num_workers, train.cpus_per_worker, "
+            "train.embed_gpus or what scoring asks for each actor"
         )
     return min(fits, config.sweep.max_concurrent or fits)
 

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,20 @@ _STEPS_PER_TASK = 8
 CPUS_PER_TASK = 0.25
 
 
+class Gate(Protocol):
+    """Holds back a task until the batch of a step may be built."""
+
+    def wait(self, step: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class StreamFeed:
-    """Batches of one worker, built by Ray Data tasks; the same as `MemoryFeed` gives."""
+    """Batches of one worker, built by Ray Data tasks; the same as `MemoryFeed` gives.
+
+    Attributes:
+        max_tasks: that build batches at the same time.
+        gate: None builds as far ahead as Ray Data's own limits allow.
+    """
 
     prepared_uri: str
     order: StepOrder
@@ -37,14 +48,19 @@ class StreamFeed:
     rank: int = 0
     world: int = 1
     max_tasks: int = 2
+    gate: Gate | None = None
 
     def batches(self, start: int, stop: int) -> Iterator[PairBatch]:
+        if start < stop:
+            for row in self.dataset(start, stop).iter_rows():
+                yield pickle.loads(row["batch"])
+
+    def dataset(self, start: int, stop: int) -> ray.data.Dataset:
+        """One row per step, in order: its number and the pickled batch. There must be a step."""
         spans = [
             {"first": first, "last": min(first + _STEPS_PER_TASK, stop)}
             for first in range(start, stop, _STEPS_PER_TASK)
         ]
-        if not spans:
-            return
         dataset = ray.data.from_items(spans, override_num_blocks=len(spans)).map_batches(
             _build_batches,
             fn_args=(self,),
@@ -55,18 +71,19 @@ class StreamFeed:
         )
         # Batches of later steps must not overtake: the step decides what a batch is.
         dataset.context.execution_options.preserve_order = True
-        for row in dataset.iter_rows():
-            yield pickle.loads(row["batch"])
+        return dataset
 
 
-def _build_batches(span: dict[str, NDArray[Any]], feed: StreamFeed) -> Iterator[dict[str, list[bytes]]]:
+def _build_batches(span: dict[str, NDArray[Any]], feed: StreamFeed) -> Iterator[dict[str, list[Any]]]:
     """Ray Data task: the worker's batches of a span of steps, one row each."""
     for first, last in zip(span["first"].tolist(), span["last"].tolist(), strict=True):
         for step in range(first, last):
+            if feed.gate is not None:
+                feed.gate.wait(step)
             index, epochs = feed.order.batch(step, rank=feed.rank, world=feed.world)
             rows, local = _read_rows(feed.prepared_uri, feed.order.shard_rows, index)
             batch = collate(rows, local, feed.settings, epoch=epochs)
-            yield {"batch": [pickle.dumps(batch, protocol=5)]}
+            yield {"step": [step], "batch": [pickle.dumps(batch, protocol=5)]}
 
 
 def _read_rows(

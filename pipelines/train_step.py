@@ -21,9 +21,13 @@ from models.pair_model import PairModel
 from models.prototypes import Prototypes
 from models.recipe import MethodRecipe
 from models.schedules import cosine_with_warmup
-from models.teacher import EmaTeacher, select_tokens
+from models.teacher import EmaTeacher
+from models.token_selection import kept_iou
 from models.towers import TowerSettings, build_clip
 from pipelines.config import TrainConfig
+from pipelines.scoring import ScoringConfig, ScoringPolicy, predicts_teacher
+from pipelines.step_meter import StepMeter
+from pipelines.token_choice import choose_tokens, select_views
 
 
 class NonFiniteLossError(RuntimeError):
@@ -73,6 +77,7 @@ class Trainer:
         *,
         seed: int,
         num_rows: int,
+        scoring: ScoringConfig | None = None,
         gather: Gather | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -80,12 +85,17 @@ class Trainer:
 
         Args:
             num_rows: of the training split.
+            scoring: how old scores from outside may be.
             gather: over the workers of a process group; None for one process.
         """
         self.recipe, self.train, self.seed = recipe, train, seed
         self.gather: Gather = gather or SingleProcess()
         self.device = device or torch.device("cpu")
         self.step = 0
+        self.policy = ScoringPolicy(
+            scoring or ScoringConfig(), recipe, train.steps, train.batch_size // self.gather.world
+        )
+        self.meter = StepMeter()
         # Initial weights come from the seed alone, not from what ran before in this process.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -99,6 +109,7 @@ class Trainer:
             self.model = PairModel(clip, recipe, num_rows=num_rows).to(self.device)
         self.model.objective.max_table_rows = train.table_rows_per_chunk
         self.teacher = EmaTeacher(self.model).to(self.device) if recipe.needs_teacher else None
+        self._teacher_step: int | None = None
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, train.weight_decay),
             lr=train.lr,
@@ -151,7 +162,8 @@ class Trainer:
         """Gradients of the global loss in the model's parameters, averaged over workers."""
         batch = batch.to(self.device)
         teacher = self._teach(batch)
-        kept = self._select(batch, teacher)
+        grid = self.model.encoder.vision.grid
+        kept = choose_tokens(self.policy, batch, teacher, step=self.step, grid=grid, meter=self.meter)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.train.precision):
             report: LossReport = self._parallel(batch, kept, teacher, self.gather)
@@ -172,32 +184,52 @@ class Trainer:
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = int(state["step"])
+        self.step, self._teacher_step = int(state["step"]), None
+
+    def follow_teacher(self) -> None:
+        """Bring the teacher to this step's version, unless it is there already.
+
+        A-CLIP's order: the teacher follows at the start of a step, then scores, then the model trains.
+        """
+        if self.teacher is not None and self._teacher_step != self.step:
+            self.teacher.follow(self.model, step=self.step, total_steps=self.train.steps)
+            self._teacher_step = self.step
+
+    def overlap_with_own_scores(self, batch: PairBatch) -> float | None:
+        """Mean intersection over union of what a batch's scores keep with what the teacher would keep now.
+
+        None when the batch does not bring what to keep.
+        """
+        if self.teacher is None or batch.scored is None or batch.scored.kept is None:
+            return None
+        self.follow_teacher()
+        batch, grid = batch.to(self.device), self.model.encoder.vision.grid
+        assert batch.scored is not None
+        assert batch.scored.kept is not None
+        with autocast(self.device, self.train.precision):
+            scores, _ = self.teacher.scorer()(batch)
+        own = select_views(self.policy, batch, scores, grid=grid).flatten(0, 1)
+        return float(kept_iou(batch.scored.kept.long().flatten(0, 1), own, grid**2).mean())
 
     def _teach(self, batch: PairBatch) -> TeacherOutputs | None:
         if self.teacher is None:
             return None
-        # A-CLIP's order: the teacher follows at the start of a step, then scores, then the model trains.
-        self.teacher.follow(self.model, step=self.step, total_steps=self.train.steps)
+        self.follow_teacher()
+        if batch.scored is not None:
+            features = batch.scored.features
+            return None if features is None else TeacherOutputs(token_scores=None, features=features)
+        if not self._asks_teacher():
+            return None
         with autocast(self.device, self.train.precision):
             outputs: TeacherOutputs = self.teacher(batch)
         return outputs
 
-    def _select(self, batch: PairBatch, teacher: TeacherOutputs | None) -> Tensor | None:
-        selection = self.recipe.selection
-        if selection.kind == "none" or self.step >= (1 - selection.unmasked_share) * self.train.steps:
-            return None
-        is_warm = self.step >= selection.warmup_share * self.train.steps
-        per_view = [
-            select_tokens(
-                selection,
-                scores=teacher.token_scores[view] if teacher is not None and is_warm else None,
-                noise=noise,
-                grid=self.model.encoder.vision.grid,
-            )
-            for view, noise in enumerate(batch.selection_noise)
-        ]
-        return torch.stack([kept for kept in per_view if kept is not None])
+    def _asks_teacher(self) -> bool:
+        """Whether a step needs anything of the teacher that the batch does not bring."""
+        recipe = self.recipe
+        if predicts_teacher(recipe) or recipe.heads.masked_distillation.weight or recipe.needs_joint_teacher:
+            return True
+        return self.policy.scoring.mode != "offline" and self.policy.phase(self.step) == "scored"
 
     def _clip(self) -> Tensor:
         limit = self.train.max_grad_norm if self.train.max_grad_norm is not None else float("inf")

@@ -1,0 +1,78 @@
+"""What steps cost beside the optimiser's work: waiting for batches, old scores, busy scorers."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+
+class StepMeter:
+    """Sums over the steps since they were last taken; of this worker's rows alone."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._clear()
+
+    def add_wait(self, seconds: float) -> None:
+        """Time a step waited for its batch."""
+        self._waited_s += seconds
+
+    def add_step(self, seconds: float) -> None:
+        """Time of the optimiser step itself."""
+        self._step_s += seconds
+
+    def add_publishing(self, seconds: float) -> None:
+        """Time a step spent on publishing weights and asking for its batch."""
+        self._published_s += seconds
+
+    def add_scored(self, seconds: float, *, actors: int) -> None:
+        """Time a scorer spent on a batch, and the most scorers there can be."""
+        self._busy_s += seconds
+        self._actors = actors
+
+    def add_ages(self, ages: Tensor, is_fallback: Tensor) -> None:
+        """Ages in steps of the scores of a batch, int64 [B], and rows whose score was not used, bool [B]."""
+        self._rows += len(ages)
+        self._fallbacks += int(is_fallback.sum())
+        self._age_sum += int(ages.sum())
+        self._age_max = max(self._age_max, int(ages.max()))
+
+    def add_in_flight(self, rows: int) -> None:
+        """Rows that were built and not yet taken when a batch was asked for."""
+        self._in_flight = max(self._in_flight, rows)
+
+    def add_overlap(self, iou: float) -> None:
+        """Intersection over union of the kept sets with those of the trainer's own teacher, on one batch."""
+        self._iou = iou
+
+    def take(self) -> dict[str, float]:
+        """Everything since the last call, as diagnostics of a metric line; then starts anew."""
+        now = time.monotonic()
+        wall_s = max(now - self._since, 1e-9)
+        # Evaluations and checkpoints between steps count for nobody.
+        loop_s = max(self._waited_s + self._published_s + self._step_s, 1e-9)
+        found = {"feed/wait_share": self._waited_s / loop_s}
+        if self._actors:
+            found |= {
+                "scoring/utilisation": self._busy_s / (wall_s * self._actors),
+                "scoring/publish_share": self._published_s / loop_s,
+                "feed/rows_in_flight": float(self._in_flight),
+            }
+        if self._rows:
+            found |= {
+                "scoring/staleness_mean": self._age_sum / self._rows,
+                "scoring/staleness_max": float(self._age_max),
+                "scoring/fallback_share": self._fallbacks / self._rows,
+                "scoring/fallback_rows": float(self._fallbacks),
+            }
+        if self._iou is not None:
+            found["scoring/iou_with_sync"] = self._iou
+        self._since = now
+        self._clear()
+        return found
+
+    def _clear(self) -> None:
+        self._waited_s = self._published_s = self._step_s = self._busy_s = 0.0
+        self._actors = self._rows = self._fallbacks = self._age_sum = self._age_max = self._in_flight = 0
+        self._iou: float | None = None
