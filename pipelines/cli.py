@@ -224,9 +224,25 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        error_console.print("[bold red]error:[/bold red]", end=" ")
-        error_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _say(str(error))
         raise typer.Exit(2) from error
+    except OSError as error:
+        if "AWS Error" not in str(error):
+            raise
+        _say(f"{error}{_S3_ADVICE}")
+        raise typer.Exit(2) from error
+
+
+# A denied request has no body to read a reason from.
+_S3_ADVICE = (
+    " Check the bucket's name and region, the endpoint_override of the URI, and AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY (or the instance's role); anonymous=true reads public data"
+)
+
+
+def _say(message: str) -> None:
+    error_console.print("[bold red]error:[/bold red]", end=" ")
+    error_console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -1,7 +1,8 @@
 """Local and S3 paths behind one set of calls: read, list, publish once, never overwrite.
 
 Everything goes through pyarrow's filesystems, so `s3://bucket/key?endpoint_override=host:port&scheme=http`
-works wherever a local path does. Credentials come from the environment or the instance role only.
+works wherever a local path does; `anonymous=true` reads public data. Credentials come from the environment
+or the instance role only.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ from __future__ import annotations
 import json
 import posixpath
 import uuid
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+
+# In the query of an s3:// URI.
+_S3_OPTIONS = {"endpoint_override", "scheme", "region", "anonymous"}
+# Waits double from a fraction of a second: a store that is away for half a minute is waited for.
+_S3_ATTEMPTS = 12
+_S3_CONNECT_TIMEOUT_S = 5
 
 # Ends the name of a local file until it is whole.
 _PARTIAL = ".partial"
@@ -28,14 +37,40 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a URI or local path, and the path inside it.
 
     Raises:
-        ValueError: the scheme is unknown or the URI cannot be parsed.
+        ValueError: the scheme is unknown, the URI cannot be parsed or names an unknown option.
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
+        if uri.startswith("s3://"):
+            parts = urlsplit(uri)
+            return _s3(parts.netloc, parts.query), posixpath.join(
+                parts.netloc, unquote(parts.path).strip("/")
+            )
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"cannot open '{uri}': {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _s3(bucket: str, query: str) -> pafs.S3FileSystem:
+    """A client of a bucket; its options are those of the URI's query."""
+    options = dict(parse_qsl(query))
+    unknown = sorted(options.keys() - _S3_OPTIONS)
+    if unknown:
+        raise ValueError(f"s3://{bucket}: unknown options {unknown}; known: {', '.join(sorted(_S3_OPTIONS))}")
+    endpoint = options.get("endpoint_override")
+    region = options.get("region")
+    if region is None and endpoint is None:
+        region = pafs.resolve_s3_region(bucket)
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        scheme=options.get("scheme", "https"),
+        region=region or "us-east-1",
+        anonymous=options.get("anonymous", "false").lower() == "true",
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
+        connect_timeout=_S3_CONNECT_TIMEOUT_S,
+    )
 
 
 def absolute(uri: str) -> str:
