@@ -1,5 +1,6 @@
 """The pair model: losses of whole methods against loops, padding, patch order, precision, temperatures."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -256,6 +257,7 @@ def test_temperatures_follow_their_policy():
     tables = {
         "own": TableRecipe(temperature=Temperature(init=0.2)),
         "fixed": TableRecipe(temperature=Temperature(policy="fixed", init=0.5)),
+        "kept": TableRecipe(temperature=Temperature(policy="kept", init=0.4)),
         "shared": TableRecipe(temperature=Temperature(policy="shared")),
     }
     outputs = given_features(X, Y)
@@ -264,13 +266,19 @@ def test_temperatures_follow_their_policy():
     assert {name for name, _ in objective.named_parameters()} == learned
     report = objective(outputs, BATCH, None, SINGLE)
     found = {name: report.diagnostics[f"temperature/{name}"].item() for name in ("main", *tables)}
-    assert found == pytest.approx({"main": 0.07, "own": 0.2, "fixed": 0.5, "shared": 0.07}, rel=1e-6)
+    assert found == pytest.approx(
+        {"main": 0.07, "own": 0.2, "fixed": 0.5, "kept": 0.4, "shared": 0.07}, rel=1e-6
+    )
     with torch.no_grad():
         objective.state_of("main").log_inverse_temperature.fill_(9.0)
         objective.state_of("own").log_inverse_temperature.fill_(-1.0)
+        for name in ("fixed", "kept"):  # as a checkpoint would; a fixed one is what its recipe says
+            objective.state_of(name).log_inverse_temperature.fill_(-1.0)
     objective.finish_step()
     found = {name: objective.scale(name, X).inverse_temperature.item() for name in ("main", *tables)}
-    assert found == pytest.approx({"main": 100.0, "own": 1.0, "fixed": 2.0, "shared": 100.0})
+    assert found == pytest.approx(
+        {"main": 100.0, "own": 1.0, "fixed": 2.0, "kept": math.exp(-1.0), "shared": 100.0}
+    )
 
 
 def test_embeddings_of_both_towers_have_unit_length():
