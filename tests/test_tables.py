@@ -110,6 +110,9 @@ def test_missing_second_texts_are_neither_queries_nor_candidates():
         for table in found.values():
             assert torch.equal(table.row_weights, there.double())
             assert torch.equal(table.is_valid, there | torch.eye(B, dtype=torch.bool))
+        apart = TableRecipe(between=between, candidates=Candidates(exclude="same_group"))
+        for table in tables_of(apart, outputs, BATCH).values():
+            assert torch.equal(table.is_valid, (there & OTHER_GROUP) | torch.eye(B, dtype=torch.bool))
     views = given_features(torch.stack([X, Y]), texts)
     found = tables_of(TableRecipe(between="image_views"), views, BATCH)
     torch.testing.assert_close(found[IMAGE_TO_TEXT].scores, X @ Y.T)
