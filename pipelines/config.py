@@ -168,8 +168,22 @@ class TrainConfig(Settings):
         return self
 
 
+class PromptConfig(Settings):
+    """How few-shot prompts are fitted: CPL, arXiv 2210.10362, on frozen towers."""
+
+    # Words before the class name at the start. None: those of the longest of evaluation.templates that ends
+    # with the name, else the paper's "a photo of a".
+    context: str | None = Field(None, min_length=1)
+    # Weight of the counterfactual term, 1 in the paper; a fit without it always stands beside.
+    counterfactual: float = Field(1.0, ge=0)
+    num_steps: int = Field(200, ge=1)
+    # The paper's base CoCoOp (arXiv 2203.05557) takes .002, for a bias network whose hidden units start about
+    # 40 times smaller than ours: at that rate ours ends above the loss it starts from.
+    learning_rate: float = Field(1e-4, gt=0)
+
+
 class EvalConfig(Settings):
-    """Zero-shot evaluation and which split decides what."""
+    """Zero-shot evaluation, prompts from a few shots beside it, and which split decides what."""
 
     templates: list[str] = Field(["{}", "a photo of {}"], min_length=1)
     positive_templates: list[str] = Field(["{}"], min_length=1)
@@ -187,6 +201,10 @@ class EvalConfig(Settings):
     main_metric: str = "auto"
     # Test images drawn in the report with what the token scorer keeps.
     num_samples: int = Field(8, ge=0)
+    # Training images per class that prompts are fitted on, to classify the report split; 0 is off. Nothing is
+    # ever selected on it.
+    shots: int = Field(0, ge=0)
+    prompts: PromptConfig = PromptConfig()
 
     @model_validator(mode="after")
     def _splits_differ(self) -> EvalConfig:

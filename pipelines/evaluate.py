@@ -18,6 +18,7 @@ from pipelines.evaluation.main_metric import main_metric_value, resolve_main_met
 from pipelines.evaluation.task_result import ResultContext, result_record, rows_table
 from pipelines.evaluation.tasks import Evaluation
 from pipelines.evaluation.tasks import evaluate as evaluate_tasks
+from pipelines.few_shot import few_shot_results, plan_few_shot
 from pipelines.job import Job
 from pipelines.prepared import Prepared
 from pipelines.results import publish_result
@@ -65,10 +66,21 @@ def publish_evaluation(job: Job, config: Config, prepared: Prepared, trainer: Tr
 def _all_results(
     job: Job, config: Config, prepared: Prepared, trainer: Trainer, *, split: str
 ) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+    table = split_table(prepared.uri, split)
+    plan = None
+    if config.evaluation.shots:
+        plan = plan_few_shot(config.evaluation, prepared, table, seed=trainer.seed)
     for keep_rule in readouts(config):
         found = _evaluate(config.evaluation, prepared, trainer, split=split, keep_rule=keep_rule)
+        results = list(found.results)
+        # Prompts are fitted by gradients, which the bits of a hash do not pass.
+        if plan is not None and keep_rule != "codes":
+            encoder = _encoder(prepared, trainer, readout=keep_rule)
+            results += few_shot_results(
+                plan, trainer, encoder, prepared=prepared, table=table, settings=config.evaluation
+            )
         context = _context(job, config, prepared, trainer, split=split, keep_rule=keep_rule)
-        for result in found.results:
+        for result in results:
             yield result_record(result, context), rows_table(result)
 
 

@@ -55,8 +55,8 @@ WITHOUT_RECIPE: Final[dict[str, MissingRecipe]] = {
             name="cpl",
             source="He et al. 2022, arXiv 2210.10362",
             reason="tunes prompts of a frozen pair on a few labelled images: it follows pretraining",
-            residue="models.prompt_learning fits such prompts, with counterfactual features, on any trained "
-            "run",
+            residue="it is a part of evaluation: `clipfleet evaluate RUN evaluation.shots=16` fits its "
+            "prompts, with and without counterfactual features, to any trained run and scores them",
         ),
     )
 }

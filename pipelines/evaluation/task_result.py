@@ -20,8 +20,10 @@ CLASSIFICATION: Final = "zeroshot_classification"
 MULTI_LABEL: Final = "zeroshot_multi_label"
 RETRIEVAL: Final = "zeroshot_retrieval"
 POINTING: Final = "pointing_game"
+# Not zero-shot, so never among the tasks a run is selected by.
+FEW_SHOT: Final = "fewshot_classification"
 
-# The metric that stands for a task. R@5 of both directions, because R@10 of a few hundred rows is
+# The metric that stands for a zero-shot task. R@5 of both directions, because R@10 of a few hundred rows is
 # close to its ceiling and R@1 moves in steps of single rows.
 MAIN_METRICS: Final[dict[str, str]] = {
     CLASSIFICATION: "acc1",
@@ -29,6 +31,7 @@ MAIN_METRICS: Final[dict[str, str]] = {
     RETRIEVAL: "mean_recall@5",
     POINTING: "pointing_accuracy",
 }
+_MAIN_METRIC_OF: Final = MAIN_METRICS | {FEW_SHOT: "acc1"}
 
 ROWS: Final = pa.schema(
     [
@@ -47,7 +50,8 @@ class TaskResult:
 
     `metrics` maps names to numbers or None, with the reason of every None in `undefined`; "main_metric"
     is always among them. `row_values[metric]` holds one number per entry of `row_ids` whose mean is the
-    metric. In the pointing game an entry is an image and a label, "<row id>#<label>".
+    metric. In the pointing game an entry is an image and a label, "<row id>#<label>". `fitted_on` names the
+    split that something was fitted on before the rows were scored; None for zero-shot tasks.
     """
 
     task: str
@@ -62,6 +66,7 @@ class TaskResult:
     row_values: dict[str, Floats]
     prompts_sha: str
     seconds: float
+    fitted_on: str | None = None
 
 
 def with_main_metric(
@@ -72,7 +77,7 @@ def with_main_metric(
     Raises:
         ValueError: a number that is not finite, or a None without a reason.
     """
-    main = MAIN_METRICS[task]
+    main = _MAIN_METRIC_OF[task]
     metrics = {**metrics, "main_metric": metrics[main]}
     if main in undefined:
         undefined = {**undefined, "main_metric": undefined[main]}
@@ -144,6 +149,7 @@ def result_record(result: TaskResult, context: ResultContext) -> dict[str, Any]:
             "undefined": result.undefined,
             "prompts_sha": result.prompts_sha,
             "seconds": result.seconds,
+            **({} if result.fitted_on is None else {"fitted_on": result.fitted_on}),
         },
     }
 
