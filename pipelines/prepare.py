@@ -2,7 +2,8 @@
 
 Two passes over the same pieces, each a Ray Data job: the first reads ids and texts (repeated ids, words for
 the tokenizer), the second decodes and writes. Shards are written inside tasks, so pixels never pass through
-the driver. A piece's shards depend on the piece alone: any number of workers writes the same bytes.
+the driver. A piece's shards depend on the piece alone: any number of workers writes the same bytes. A piece
+that is written leaves its report beside the shards, so a run that died goes on with the pieces that are left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from pipelines.finished_pieces import FinishedPieces, settings_digest
 from pipelines.prepared import MANIFEST, MANIFEST_VERSION
 from pipelines.schemas import QUARANTINE, SPLITS
 from pipelines.shards import PieceReport, ShardSettings, ShardWriter
@@ -48,8 +50,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepare the data a config names, at a location without a manifest.
 
-    What a run without manifest left behind is written over. Every input row ends in a shard or in
-    `quarantine.parquet`, with its reason.
+    Pieces that a run of the same settings finished before it died are not written again. Every input row
+    ends in a shard or in `quarantine.parquet`, with its reason.
 
     Returns:
         The manifest, which is also written last as `manifest.json`.
@@ -72,7 +74,16 @@ def prepare(
     settings = ShardSettings(
         output_uri, config.image_size, config.rows_per_shard, config.max_tokens, tokenizer.to_bytes()
     )
-    reports = _write(source, pieces=pieces, survey=survey, settings=settings, on_progress=report_progress)
+    finished = FinishedPieces(output_uri, settings_digest(settings, source.identity, survey))
+    reports = _write(
+        source,
+        pieces=pieces,
+        survey=survey,
+        settings=settings,
+        finished=finished,
+        allowed=config.max_quarantined_share,
+        on_progress=report_progress,
+    )
     quarantine = _write_quarantine(reports, config=config, output_uri=output_uri)
     manifest = _manifest(reports, config=config, source=source, tokenizer=tokenizer, quarantine=quarantine)
     _check_train_rows(manifest["splits"]["train"]["rows"], where=config.source)
@@ -95,6 +106,8 @@ def _write(
     pieces: list[Piece],
     survey: Survey,
     settings: ShardSettings,
+    finished: FinishedPieces,
+    allowed: float,
     on_progress: Progress,
 ) -> list[PieceReport]:
     first_shards = _first_shards(pieces, rows_per_shard=settings.rows_per_shard)
@@ -105,14 +118,23 @@ def _write(
         repeated = frozenset(duplicates.get(piece.number, []))
         for table in source.read(piece):
             writer.add(table.to_pylist(), duplicates=repeated)
-        return pa.table({"report": [json.dumps(vars(writer.close()))]})
+        report = writer.close()
+        finished.add(report)
+        return pa.table({"report": [json.dumps(vars(report))]})
 
-    reports: list[PieceReport] = []
-    num_seen = 0
-    for found in map_pieces(pieces, write_piece):
+    reports = finished.read()
+    done = {report.piece for report in reports}
+    num_seen = sum(report.num_rows for report in reports)
+    num_bad = sum(len(report.quarantined) for report in reports)
+    left = [piece for piece in pieces if piece.number not in done]
+    for found in map_pieces(left, write_piece) if left else ():
         reports.append(PieceReport(**json.loads(found["report"][0].as_py())))
         num_seen += reports[-1].num_rows
+        num_bad += len(reports[-1].quarantined)
         on_progress("writing shards", num_seen, survey.num_rows)
+        if num_bad > allowed * survey.num_rows:
+            # Hours more of the same would end in the same refusal.
+            return reports
     if num_seen != survey.num_rows:
         raise ValueError(f"the source changed while it was read: {survey.num_rows} rows, then {num_seen}")
     return sorted(reports, key=lambda report: report.piece)
@@ -131,7 +153,7 @@ def _write_quarantine(
     reports: list[PieceReport], *, config: PrepareSettings, output_uri: str
 ) -> dict[str, int]:
     """Write the unusable rows and return their number per reason."""
-    rows = [row for report in reports for row in report.quarantined]
+    rows = [row for report in sorted(reports, key=lambda report: report.piece) for row in report.quarantined]
     place = join(output_uri, QUARANTINE_FILE)
     write_table(place, pa.Table.from_pylist(rows, schema=QUARANTINE))
     counts = dict(sorted(Counter(row["reason"] for row in rows).items()))

@@ -117,11 +117,15 @@ class PairSource(Protocol):
 
 
 def map_pieces(pieces: list[Piece], task: Callable[[Piece], pa.Table]) -> Iterator[pa.Table]:
-    """Run a task per piece on Ray; yields its tables, of one row each, in the order they get done."""
+    """Run a task per piece on Ray; yields its tables, of one row each, in the order they get done.
+
+    The pieces may be some of a source's.
+    """
+    by_number = {piece.number: piece for piece in pieces}
 
     def run(batch: pa.Table) -> Iterator[pa.Table]:
         for number in batch["piece"].to_pylist():
-            yield task(pieces[number])
+            yield task(by_number[number])
 
     dataset = _piece_dataset(pieces).map_batches(
         run, batch_size=1, batch_format="pyarrow", num_cpus=_PIECE_CPUS
