@@ -107,6 +107,22 @@ def evaluate(
         evaluate_stage(run, overrides or [], console, split=split, dry_run=dry_run, as_json=as_json)
 
 
+@app.command(epilog="Example: clipfleet score runs/aclip --output scored/birds")
+def score(
+    run: Annotated[str, typer.Argument(help="A run root, or the folder of one run below <root>/runs.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where the data with scores is written.")],
+    data: Annotated[
+        str | None, typer.Option(help="Prepared data to score; default: what the run was trained on.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Score every image's patches once with a finished run; train on the result with scoring.mode=offline."""
+    with _clear_errors():
+        from pipelines.stages_score import score_stage
+
+        score_stage(run, output, console, data=data, dry_run=dry_run)
+
+
 @app.command(epilog="Example: clipfleet results runs/quick --csv > results.csv")
 def results(
     root: Annotated[str, typer.Argument(help="Run root.")] = "runs/quick",

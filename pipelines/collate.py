@@ -48,7 +48,7 @@ class PairRows:
     def __init__(
         self, table: pa.Table, image_size: int, *, positions: NDArray[np.int64] | None = None
     ) -> None:
-        """Take over a table in schemas.PREPARED.
+        """Take over a table in schemas.PREPARED or SCORED.
 
         Args:
             positions: of the rows in their split, int64; None when the table is the whole split.
@@ -64,6 +64,10 @@ class PairRows:
         groups = zip(table["group_id"].to_pylist(), row_ids, strict=True)
         self.group_keys = np.array([text_key(group or f"row:{row_id}") for group, row_id in groups], np.int64)
         self.positions = np.arange(len(table), dtype=np.int64) if positions is None else positions
+        self.token_scores: NDArray[np.float32] | None = None
+        if "token_scores" in table.column_names:
+            scores = table["token_scores"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            self.token_scores = scores.reshape(len(table), -1)
         # The class of a row without labels is what it shows.
         labels = zip(table["labels"].to_pylist(), table["class_name"].to_pylist(), strict=True)
         self.tags = _hashed_bags([listed or ([name] if name else []) for listed, name in labels])
@@ -109,6 +113,7 @@ def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *
         draw_keys=torch.from_numpy(keyed_hash(keys, seed=settings.seed, epoch=epoch, purpose=Purpose.MODEL)),
         row_index=torch.from_numpy(rows.positions[index]),
         tags=torch.from_numpy(rows.tags[index].astype(np.float32)),
+        whole_scores=None if rows.token_scores is None else torch.from_numpy(rows.token_scores[index]),
     )
 
 

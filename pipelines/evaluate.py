@@ -36,7 +36,7 @@ def selection_value(config: Config, prepared: Prepared, trainer: Trainer) -> tup
     settings = config.evaluation.model_copy(update={"resamples": 0})
     table = split_table(prepared.uri, settings.select_on)
     tasks = tasks_for_metric(settings.main_metric, table)
-    keep_rule: Readout = "all" if config.method.selection.kind == "none" else "kept"
+    keep_rule: Readout = "all" if config.recipe.selection.kind == "none" else "kept"
     found = _evaluate(settings, prepared, trainer, split=settings.select_on, keep_rule=keep_rule, tasks=tasks)
     name = ".".join(resolve_main_metric(found.results, settings.main_metric))
     return name, main_metric_value(found.results, settings.main_metric)
@@ -87,7 +87,7 @@ def _all_results(
 def readouts(config: Config) -> list[Readout]:
     """The ways a method's model is read; stored as the `keep_rule` of a result."""
     found: list[Readout] = ["all"]
-    if config.method.selection.kind != "none":
+    if config.recipe.selection.kind != "none":
         found.append("kept")
     if config.method.heads.hash.weight:
         found.append("codes")

@@ -93,7 +93,7 @@ def stand_in_trainer(config: Config) -> Trainer:
     # The data may not be prepared yet; how many rows a method remembers hardly changes a step's time.
     clusters = [n for table in config.method.tables.values() for n in table.candidates.num_clusters]
     num_rows = max(config.data.num_train, *clusters)
-    return Trainer(config.method, config.model, text, train, seed=config.seed, num_rows=num_rows)
+    return Trainer(config.recipe, config.model, text, train, seed=config.seed, num_rows=num_rows)
 
 
 def random_batch(config: Config, trainer: Trainer, num_pairs: int) -> PairBatch:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from pipelines.schemas import PREPARED, check_schema
+from pipelines.schemas import PREPARED, SCORED, SCORES_VERSION, check_schema
 from pipelines.storage import exists, join, read_bytes, read_json, read_table
 from pipelines.tokenizer import TextTokenizer
 
@@ -53,27 +53,44 @@ class Prepared:
     def image_size(self) -> int:
         return int(self.manifest["image_size"])
 
+    @property
+    def schema(self) -> pa.Schema:
+        """`schemas.PREPARED`, or `schemas.SCORED` where a finished run has scored the images' patches.
+
+        Raises:
+            ValueError: the scores are of another version of this program.
+        """
+        about = self.manifest.get("token_scores")
+        if about is None:
+            return PREPARED
+        if about["schema_version"] != SCORES_VERSION:
+            raise ValueError(
+                f"'{self.uri}': token_scores.schema_version must be {SCORES_VERSION}, found "
+                f"{about['schema_version']}; score the data again"
+            )
+        return SCORED
+
     def num_rows(self, split: str) -> int:
         return int(self._split(split)["rows"])
 
     def table(self, split: str, *, columns: list[str] | None = None) -> pa.Table:
-        """All rows of a split in their fixed order, `schemas.PREPARED` or some of its columns.
+        """All rows of a split in their fixed order, in `schema` or some of its columns.
 
         Raises:
             ValueError: the split is unknown, or a shard does not hold what the manifest says.
         """
-        names = columns if columns is not None else PREPARED.names
-        schema = pa.schema([PREPARED.field(name) for name in names])
+        names = columns if columns is not None else self.schema.names
+        schema = pa.schema([self.schema.field(name) for name in names])
         tables = [self._shard(shard, schema=schema) for shard in self._split(split)["shards"]]
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
     def shard(self, split: str, number: int) -> pa.Table:
-        """Rows of one shard in `schemas.PREPARED`; `number` is its place in the manifest's list.
+        """Rows of one shard in `schema`; `number` is its place in the manifest's list.
 
         Raises:
             ValueError: the split is unknown, or the shard does not hold what the manifest says.
         """
-        return self._shard(self._split(split)["shards"][number], schema=PREPARED)
+        return self._shard(self._split(split)["shards"][number], schema=self.schema)
 
     def images(self, split: str) -> np.ndarray:
         """Pixels of a split, uint8 [N, S, S, 3]; read-only (a view into Arrow memory for a single shard)."""

@@ -66,6 +66,10 @@ PREPARED: Final = pa.schema(
     ]
 )
 
+# What `score` adds: whole-image scores of the patches of the scorer's square grid, row-major.
+SCORES_VERSION: Final = 1
+SCORED: Final = PREPARED.append(pa.field("token_scores", pa.list_(pa.float32()), nullable=False))
+
 QUARANTINE: Final = pa.schema(
     [
         pa.field("row_id", pa.string(), nullable=False),

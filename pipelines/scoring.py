@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from models.recipe import MethodRecipe
 from models.schedules import ema_decay, ema_lag
 from models.training_slots import TokenSelection
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
 
 Phase = Literal["random", "scored", "whole"]
 
@@ -82,17 +85,13 @@ def recipe_in_mode(recipe: MethodRecipe, mode: str) -> MethodRecipe:
     return recipe
 
 
-def check_scoring(recipe: MethodRecipe, scoring: ScoringConfig, *, feed: str, local_rows: int) -> None:
+def check_scoring(config: Config) -> None:
     """Refuse a mode that the method or the feed cannot have.
-
-    Args:
-        recipe: as configured, not `recipe_in_mode`.
-        feed: `train.feed`.
-        local_rows: of a batch, on one worker.
 
     Raises:
         ValueError: naming method, setting and reason.
     """
+    recipe, scoring = config.method, config.scoring
     mode = scoring.mode
     if mode in ("stream", "offline", "random") and not recipe.selection.needs_teacher:
         raise ValueError(
@@ -112,8 +111,9 @@ def check_scoring(recipe: MethodRecipe, scoring: ScoringConfig, *, feed: str, lo
             f"scoring.mode=stream: heads.masked_distillation of '{recipe.name}' predicts every patch of the "
             "teacher, which would travel with each row; use scoring.mode=sync"
         )
-    if feed == "memory":
+    if config.train.feed == "memory":
         raise ValueError("scoring.mode=stream scores rows as they stream; set train.feed=stream or auto")
+    local_rows = config.train.batch_size // config.train.num_workers
     if scoring.max_rows_in_flight < local_rows:
         raise ValueError(
             f"scoring.max_rows_in_flight={scoring.max_rows_in_flight} holds not one batch of {local_rows} "

@@ -93,7 +93,7 @@ class ShardWriter:
         rows, self._waiting[split] = self._waiting[split], []
         path = f"shards/{split}-{self._next_shard[split]:05d}.parquet"
         self._next_shard[split] += 1
-        data = _parquet_bytes(pa.Table.from_pylist(rows, schema=PREPARED))
+        data = parquet_bytes(pa.Table.from_pylist(rows, schema=PREPARED))
         # A task that is run again after its worker died writes the same bytes to the same place.
         write_bytes(join(self._settings.output_uri, path), data)
         sha = hashlib.sha256(data).hexdigest()
@@ -153,7 +153,8 @@ def _add_tokens(rows: list[dict[str, Any]], *, tokenizer: TextTokenizer) -> None
             row[tokens] = [next(encoded) for _ in row[texts]]
 
 
-def _parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A shard as a Parquet file."""
     sink = pa.BufferOutputStream()
     # Pixels do not repeat: a dictionary of them and their minima would only cost.
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)

@@ -20,11 +20,19 @@ from pipelines.run_record import RECORD_FILE, read_record
 
 
 def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
-    """Prepare the data unless it is there; print counts. Returns its location."""
+    """Prepare the data unless it is there; print counts. Returns its location.
+
+    A run with scoring.mode=offline takes what `score` wrote instead.
+    """
     from pipelines.cluster import connect
     from pipelines.prepare_once import ensure_prepared, prepared_place, source_notes
     from pipelines.prepared import read_manifest
+    from pipelines.stages_score import scored_place
 
+    if config.scoring.mode == "offline":
+        place = scored_place(config)
+        console.print(f"data: {config.data.source}, with scores -> {place}", highlight=False, soft_wrap=True)
+        return place
     place = prepared_place(config)
     exists = read_manifest(place) is not None
     console.print(
@@ -82,10 +90,12 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
     from pipelines.launch import RunFailedError, run_here, run_in_train
     from pipelines.plan import pretrain_plan
     from pipelines.prepare_once import dataset_name
+    from pipelines.scoring import check_scoring
     from pipelines.train_step import NonFiniteLossError
 
     name = config.output.partition("?")[0].rstrip("/").rpartition("/")[2]
     run_id = f"{config.method.name}-s{config.seed}"
+    check_scoring(config)
     config, continues = _begin(config, run_id)
     console.print(pretrain_plan(config))
     place = prepare_stage(config, console, dry_run=dry_run)
@@ -130,7 +140,7 @@ def evaluate_stage(
     from pipelines.evaluate import evaluate_trained
     from pipelines.pretrain import build_trainer
 
-    folder = _one_run(run)
+    folder = one_run(run)
     job = Job(**storage.read_json(storage.join(folder, "job.json")))
     place = latest_place(storage.join(folder, "checkpoints"))
     if place is None:
@@ -211,8 +221,12 @@ def _begin(config: Config, run_id: str) -> tuple[Config, bool]:
     return pin_start(config, recorded=record["config"] if continues else None), continues
 
 
-def _one_run(run: str) -> str:
-    """Folder of the run that a root or a run folder means."""
+def one_run(run: str) -> str:
+    """Folder of the run that a root or a run folder means.
+
+    Raises:
+        ValueError: there is none with a checkpoint, or several.
+    """
     if storage.exists(storage.join(run, "job.json")):
         return run
     found = storage.list_files(storage.join(run, "runs"), suffix="job.json")

@@ -12,12 +12,14 @@ from rich.console import Console
 from pipelines import storage
 from pipelines.check_data import check_data
 from pipelines.config import Config
+from pipelines.config_tree import validate_tree
 from pipelines.prepare_once import dataset_name
 from pipelines.prepared import Prepared
 from pipelines.progress import SweepProgress
 from pipelines.resources import driver_resources, gpus_per_worker, refuse_local_root, runs_at_once
 from pipelines.run_record import RECORD_FILE
-from pipelines.spaces import space_of
+from pipelines.scoring import check_scoring
+from pipelines.spaces import method_tree, space_of
 from pipelines.sweep_state import SweepMismatchError, SweepState, sweep_identity
 from pipelines.tune_bridge import QueueSearcher, QueueStopper, drive_train_run, train_in_actor
 
@@ -90,6 +92,7 @@ def check_sweep(config: Config) -> None:
     """
     for method in config.sweep.methods:
         space_of(config, method)
+        check_scoring(validate_tree(method_tree(config, method)))
     _sweep_there(config)
 
 
