@@ -184,6 +184,15 @@ def test_each_patch_tells_its_text_or_image_from_others(between, exclude):
     assert abs(table_loss(info_nce, others) - sought) > 1e-2
 
 
+def test_a_pool_of_patches_is_told_whole_images_from_one_another():
+    recipe = TableRecipe(between="image_regions", region_pool=RegionPool(kind="max"))
+    found = tables_of(recipe, OUTPUTS, BATCH)
+    expected = torch.einsum("bpd,nd->bpn", F.normalize(PATCHES, dim=2), X).amax(1)
+    torch.testing.assert_close(found[IMAGE_TO_TEXT].scores, expected)
+    torch.testing.assert_close(found[TEXT_TO_IMAGE].scores, expected.T)
+    assert (expected - expected.T).abs().max() > 0.1
+
+
 def table_loss(table: TableRecipe, outputs: PairOutputs = OUTPUTS) -> float:
     """Of a table alone."""
     recipe = replace(CLIP, weight=0.0, extra_tables={"extra": table})
