@@ -10,13 +10,16 @@ from torch import Tensor
 
 from models.bounds import NWJ, TUBA, Interpolated
 from models.estimators import DonskerVaradhan, InfoNCE, RelationKL, SoftKL
+from models.features import PairFeatures
 from models.methods.bounds import BOUND_DV, BOUND_INTERPOLATED, BOUND_JS, BOUND_NWJ, BOUND_TUBA
 from models.methods.clip import CLIP
 from models.methods.cloob import CLOOB
+from models.methods.mil import MIL_NOISY_OR
 from models.methods.siglip import SIGLIP
 from models.methods.softclip import SOFTCLIP_TAGS
 from models.outputs import NUM_TAGS, PairOutputs
 from models.recipe import TableRecipe
+from models.similarities import pooled_scores
 from models.table_slots import (
     Bias,
     Candidates,
@@ -26,6 +29,7 @@ from models.table_slots import (
     Temperature,
     Transform,
 )
+from models.tables import Scale
 from models.targets import bisect_temperature, mean_off_diagonal_mass
 from tests.golden_files import assert_golden, leaf, tensors
 from tests.oracles.bounds import loop_interpolated, loop_nwj, loop_relax, loop_sigmoid, loop_tuba
@@ -91,6 +95,16 @@ def test_tags_soften_both_directions():
     assert loss(SOFTCLIP_TAGS) == pytest.approx(expected, rel=1e-6)
     changed = replace(BATCH, tags=BATCH.tags.roll(1, 0))
     assert abs(loss_of_features(SOFTCLIP_TAGS, OUTPUTS, changed).item() - expected) > 1e-3
+
+
+def test_a_row_without_tags_is_like_itself_alone():
+    bare = replace(BATCH, tags=BATCH.tags.index_fill(0, torch.tensor([2]), 0.0))
+    guided = Targets(kind="soft", mixing=1.0, image_guidance="tags", text_guidance="tags")
+    for table in tables_of(TableRecipe(targets=guided), OUTPUTS, bare).values():
+        targets = table.log_targets.exp()
+        assert targets[2, 2] > 2 * targets[2].masked_fill(torch.arange(B) == 2, 0.0).max()
+        others = targets[2, torch.arange(B) != 2]
+        torch.testing.assert_close(others, others[0].expand_as(others))
 
 
 def test_softclip_at_the_stored_temperature_has_its_values_and_gradients():
@@ -223,6 +237,28 @@ def test_capping_every_pair_caps_those_of_the_own_modality():
         cosines = torch.cat([queries @ keys.T, queries @ queries.T], 1)
         torch.testing.assert_close(table.scores, cosines.clamp(max=0.2))
         assert (cosines[table.is_valid] > 0.2).any()
+
+
+@pytest.mark.parametrize("init", [0.0, -1.5])
+def test_a_noisy_or_starts_where_a_bag_of_zeros_is_a_coin_s_toss(init):
+    recipe = replace(MIL_NOISY_OR, bias=Bias(policy="learned", init=init))
+    at_right_angles = torch.tensor([1.0, 0, 0, 0]).double().expand(B, 9, 4)
+    texts = torch.tensor([0, 1.0, 0, 0]).double().expand(2, B, 4)
+    outputs = given_features(X, texts, patches=at_right_angles)
+    state = build_objective(recipe, outputs).state_of("main")
+    assert state.bias.requires_grad
+    scores = pooled_scores(
+        recipe,
+        state,
+        PairFeatures(outputs, BATCH, None, SINGLE),
+        view=0,
+        scale=Scale(torch.tensor(1 / 0.07).double(), state.bias),
+    )
+    # of nine patches, each with the odds of a coin's ninth root times e^init
+    odds = math.exp(init) * (2 ** (1 / 9) - 1)
+    expected = math.log((1 + odds) ** 9 - 1)
+    torch.testing.assert_close(scores, torch.full((B, B), expected).double(), atol=1e-6, rtol=0)
+    assert (abs(expected) < 1e-12) == (init == 0.0)
 
 
 # Estimators
