@@ -23,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Pretrain and compare contrastive image-text methods on a Ray cluster.",
 )
+data_app = typer.Typer(no_args_is_help=True, help="Check a source, count prepared data, show rows.")
+app.add_typer(data_app, name="data")
 console = Console()
 # Apart from what a verb prints, which may go into a file.
 error_console = Console(stderr=True)
@@ -176,6 +178,55 @@ def show_one(
         from pipelines.method_tables import show_method
 
         show_method(name, console, as_json=as_json)
+
+
+@data_app.command(name="check", epilog="Example: clipfleet data check --source csv:pairs.csv --rows 5000")
+def data_check(
+    overrides: Overrides = None,
+    config: Files = None,
+    source: Source = None,
+    rows: Annotated[int, typer.Option(help="Rows to look at, spread over the source.")] = 2000,
+    as_json: AsJson = False,
+) -> None:
+    """Look at a source before anything is prepared; exit code 1 when it cannot be used as it is."""
+    with _clear_errors():
+        settings = _load(config, overrides, source=source)
+        from pipelines.data_stages import check_stage
+
+        raise typer.Exit(check_stage(settings, console, max_rows=rows, as_json=as_json))
+
+
+@data_app.command(name="stats", epilog="Example: clipfleet data stats --source parquet:pairs.parquet")
+def data_stats(
+    overrides: Overrides = None,
+    config: Files = None,
+    source: Source = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count what prepared data holds, by split; prepares it when it is not there."""
+    with _clear_errors():
+        settings = _load(config, overrides, source=source)
+        from pipelines.data_stages import stats_stage
+
+        stats_stage(settings, console, as_json=as_json)
+
+
+@data_app.command(name="show", epilog="Example: clipfleet data show --run runs/aclip --output sheet.png")
+def data_show(
+    overrides: Overrides = None,
+    config: Files = None,
+    source: Source = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="PNG file to write.")] = "contact_sheet.png",
+    split: Annotated[str, typer.Option(help="train, selection or test.")] = "train",
+    rows: Annotated[int, typer.Option(help="Rows on the sheet.")] = 24,
+    run: Annotated[str | None, typer.Option(help="A finished run whose kept patches are drawn.")] = None,
+) -> None:
+    """Draw rows with captions, boxes and, given a run, the patches it keeps."""
+    with _clear_errors():
+        settings = _load(config, overrides, source=source)
+        from pipelines.data_stages import show_stage
+
+        show_stage(settings, console, output=output, split=split, num_rows=rows, run=run)
 
 
 @app.command(epilog="Example: clipfleet doctor")
