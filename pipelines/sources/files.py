@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import posixpath
 import re
@@ -44,14 +45,23 @@ def files_at(uri: str, *, suffixes: tuple[str, ...]) -> list[SourceFile]:
         raise ValueError(f"data.source: '{uri}' does not exist")
     if info.type == pafs.FileType.File:
         return [_file(info, uri=uri, name=posixpath.basename(path))]
-    found = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    named = [(posixpath.relpath(each.path, path), each) for each in found if each.is_file]
-    files = sorted((name, each) for name, each in named if _is_data(name, suffixes=suffixes))
+    found = files_below(fs, path)
+    files = sorted((name, each) for name, each in found.items() if _is_data(name, suffixes=suffixes))
     if not files:
         raise ValueError(
             f"data.source: no {' or '.join('*' + suffix for suffix in suffixes)} file below '{uri}'"
         )
     return [_file(each, uri=join(uri, name), name=name) for name, each in files]
+
+
+def files_below(fs: pafs.FileSystem, folder: str) -> dict[str, pafs.FileInfo]:
+    """Everything below a folder by its path from there; names that are no UTF-8 cannot be told."""
+    found = {}
+    for info in fs.get_file_info(pafs.FileSelector(folder, recursive=True)):
+        if info.is_file:
+            with contextlib.suppress(UnicodeDecodeError):
+                found[posixpath.relpath(info.path, folder)] = info
+    return found
 
 
 def _is_data(name: str, *, suffixes: tuple[str, ...]) -> bool:

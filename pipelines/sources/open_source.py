@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from pipelines.sources.coco import CocoSource
 from pipelines.sources.csv_table import CsvSource
+from pipelines.sources.hugging_face import HuggingFaceSource
+from pipelines.sources.image_folder import FolderSource
 from pipelines.sources.parquet import ParquetSource
 from pipelines.sources.scenes import SceneSource
 from pipelines.sources.source import PairSource, SourceSettings
@@ -22,6 +25,12 @@ KINDS: dict[str, tuple[Opener, str]] = {
     ),
     "parquet": (lambda settings, rest: ParquetSource(settings, uri=rest), "parquet:pairs.parquet"),
     "csv": (lambda settings, rest: CsvSource(settings, uri=rest), "csv:captions.tsv"),
+    "hf": (lambda settings, rest: HuggingFaceSource(settings, uri=rest), "hf:saved_dataset"),
+    "coco": (
+        lambda settings, rest: CocoSource(settings, spec=rest),
+        "coco:annotations/captions_train2017.json",
+    ),
+    "folder": (lambda settings, rest: FolderSource(settings, uri=rest), "folder:images_by_class"),
 }
 
 
@@ -29,8 +38,8 @@ def open_source(settings: SourceSettings) -> PairSource:
     """Open the source a config names and check it, without starting a Ray task.
 
     Raises:
-        ValueError: unknown kind or design, absent file, missing or mistyped column, unknown split, or a row
-            filter that no row passes.
+        ValueError: unknown kind or design, absent or unreachable file, missing or mistyped column, unknown
+            split, or a row filter that no row passes.
     """
     kind, _, rest = settings.source.partition(":")
     # A mixture may list its parts in the config instead of a file.
@@ -43,7 +52,11 @@ def open_source(settings: SourceSettings) -> PairSource:
             f"got '{settings.source}'{meant}"
         )
     opener, _ = KINDS[kind]
-    return opener(settings, rest)
+    try:
+        return opener(settings, rest)
+    except OSError as error:
+        # Wrong credentials, an unknown bucket, a server that is not there, a folder that may not be read.
+        raise ValueError(f"data.source: cannot read '{settings.source}': {error}") from error
 
 
 def source_identity(settings: SourceSettings) -> str:

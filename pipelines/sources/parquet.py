@@ -21,6 +21,7 @@ from pipelines.sources.column_names import PlainColumns, absent_notes
 from pipelines.sources.columns import ColumnMapper
 from pipelines.sources.files import THREADS, SourceFile, files_at, folder_of, identity_of, pack, stem_of
 from pipelines.sources.image_files import NAMED_IMAGES_NOTE, ImageFiles
+from pipelines.sources.remote import DAMAGE, of_storage
 from pipelines.sources.row_filter import arrow_filter
 from pipelines.sources.rows import pairs_table, problem, unusable_row
 from pipelines.sources.source import Piece, SourceSettings
@@ -29,8 +30,6 @@ from pipelines.storage import filesystem
 
 _MADE_ID = "made row id"
 _SAMPLE_ROWS = 8
-# What pyarrow raises on pages that do not hold what their header says.
-_DAMAGE = (pa.ArrowInvalid, OSError)
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,8 @@ class ParquetSource:
                 for table in self._group(footer, group, with_images=with_images):
                     num_read += len(table)
                     yield table
-            except _DAMAGE as error:
-                # What a storage server says of itself is no damage of the file.
-                if "AWS Error" in str(error):
+            except DAMAGE as error:
+                if of_storage(error):
                     raise
                 rest = self._damaged(footer, group, what=str(error), with_images=with_images)
                 yield rest.slice(num_read)
@@ -147,7 +145,7 @@ class ParquetSource:
                 row for table in self._group(footer, group, with_images=False) for row in table.to_pylist()
             ]
             rows = [{**row, "image": b"", "problem": found} for row in texts]
-        except _DAMAGE as error:
+        except DAMAGE as error:
             if self._where:
                 raise ValueError(
                     f"'{footer.file.uri}': row group {group} is damaged ({what}), so data.where cannot be "
@@ -207,7 +205,9 @@ def _read_footer(file: SourceFile) -> _Footer:
     fs, path = filesystem(file.uri)
     try:
         footer = pq.read_metadata(path, filesystem=fs)
-    except pa.ArrowInvalid as error:
+    except DAMAGE as error:
+        if of_storage(error):
+            raise
         raise ValueError(f"'{file.uri}' is not a readable Parquet file: {error}") from error
     rows = tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
     return _Footer(file, footer.schema.to_arrow_schema(), rows)

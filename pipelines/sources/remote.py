@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipelines.storage import filesystem
@@ -20,7 +21,15 @@ _REMOTE_STEP = 1 << 23
 _LOCAL_STEP = 1 << 17
 _NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
+# What pyarrow raises on bytes that do not hold what their format promises, and on storage that fails.
+DAMAGE = (pa.ArrowException, OSError)
+
 Result = TypeVar("Result")
+
+
+def of_storage(error: Exception) -> bool:
+    """Whether an error of `DAMAGE` speaks of the storage and not of the bytes."""
+    return "AWS Error" in str(error)
 
 
 def retried(attempt: Callable[[], Result]) -> Result:
@@ -57,7 +66,7 @@ def read_range(uri: str, start: int, num_bytes: int) -> bytes:
         with fs.open_input_file(path) as file:
             return bytes(file.read_at(num_bytes, start))
 
-    return retried(read)
+    return read() if isinstance(fs, pafs.LocalFileSystem) else retried(read)
 
 
 def open_unzipped(uri: str) -> io.BufferedIOBase:
