@@ -98,7 +98,10 @@ def first_context(settings: EvalConfig) -> str:
     """Words before the class name that the prompts start from."""
     if settings.prompts.context is not None:
         return settings.prompts.context
-    before = [t.removesuffix(zero_shot.PLACEHOLDER).strip() for t in settings.templates if t.endswith("{}")]
+    name = zero_shot.PLACEHOLDER
+    before = [
+        template.removesuffix(name).strip() for template in settings.templates if template.endswith(name)
+    ]
     return max(before, key=len, default="") or PAPER_CONTEXT
 
 
