@@ -18,6 +18,7 @@ from models.methods.catalogue import METHODS
 from models.recipe import EstimatorSlot, MethodRecipe
 from pipelines.config import Config, Tree
 from pipelines.presets import preset_of
+from pipelines.sources.source_spec import absolute_places
 from pipelines.storage import absolute
 
 # Paths whose keys are the user's own.
@@ -67,9 +68,7 @@ def build_config(layers: Sequence[Tree]) -> Config:
 
 def _make_paths_absolute(tree: Tree) -> None:
     """Local paths of the tree as every process of a run must see them."""
-    scheme, colon, rest = str(tree["data"]["source"]).partition(":")
-    if colon and scheme != "scenes":
-        tree["data"]["source"] = f"{scheme}:{absolute(rest)}"
+    tree["data"] = absolute_places(tree["data"])
     for part, key in (
         (tree, "output"),
         (tree, "prepared"),

@@ -20,6 +20,7 @@ from pipelines.finished_pieces import FinishedPieces, settings_digest
 from pipelines.prepared import MANIFEST, MANIFEST_VERSION
 from pipelines.schemas import QUARANTINE, SPLITS
 from pipelines.shards import PieceReport, ShardSettings, ShardWriter
+from pipelines.sources.mixture import piece_weights, source_weights
 from pipelines.sources.open_source import open_source
 from pipelines.sources.source import PairSource, Piece, SourceSettings, map_pieces
 from pipelines.storage import join, publish_json, refuse_existing, write_bytes, write_table
@@ -175,9 +176,11 @@ def _manifest(
     tokenizer: TextTokenizer,
     quarantine: dict[str, int],
 ) -> dict[str, Any]:
+    weights = piece_weights(source)
+    sources = sorted({name for report in reports for name in report.sources})
     shards = {
         split: [
-            {key: shard[key] for key in ("path", "rows", "sha256")}
+            {key: shard[key] for key in ("path", "rows", "sha256")} | weights.get(report.piece, {})
             for report in reports
             for shard in report.shards
             if shard["split"] == split
@@ -192,7 +195,8 @@ def _manifest(
             split: {"rows": sum(shard["rows"] for shard in listed), "shards": listed}
             for split, listed in shards.items()
         },
-        "sources": sorted({name for report in reports for name in report.sources}),
+        "sources": sources,
+        "source_weights": source_weights(source, sources),
         "class_names": sorted({name for report in reports for name in report.class_names}),
         "label_counts": {split: _label_counts(reports, split=split) for split in SPLITS},
         "quarantine": quarantine,

@@ -10,15 +10,12 @@ from pipelines.config import Config
 from pipelines.prepare import Progress, prepare
 from pipelines.prepared import read_manifest
 from pipelines.sources.open_source import open_source, source_identity
+from pipelines.sources.source_spec import source_stem
 
 
 def dataset_name(config: Config) -> str:
     """Short name for results: the design of the scenes, or the file or folder of a source."""
-    scheme, _, rest = config.data.source.partition(":")
-    if scheme == "scenes":
-        return f"scenes-{rest}"
-    stem = rest.partition("?")[0].rstrip("/").rpartition("/")[2]
-    return stem.removesuffix(".parquet") or scheme
+    return source_stem(config.data.source)
 
 
 def prepared_place(config: Config) -> str:

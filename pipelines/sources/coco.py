@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -59,6 +59,8 @@ class CocoSource:
         if needs_hash and self._splits.fixed is None:
             self.notes.append(f"rows that name no split: {BY_HASH}")
 
+    default_source: Final = "coco"
+
     @property
     def identity(self) -> str:
         return identity_of(f"coco:{self._spec}", self._files)
@@ -92,10 +94,10 @@ class CocoSource:
         name = self._names[file]
         row_id = entry.id if len(self._files) == 1 else f"{name}/{entry.id}"
         if entry.problem is not None:
-            return unusable_row(f"{name}: {entry.id}", entry.problem, source="coco")
+            return unusable_row(f"{name}: {entry.id}", entry.problem, source=self.default_source)
         said = (entry.split or self._word(file)) if self._says_split else None
         split = self._splits.hashed(row_id) if said is None else self._splits.named(said)
-        return pair_row(row_id, captions=entry.captions, split=split, source="coco")
+        return pair_row(row_id, captions=entry.captions, split=split, source=self.default_source)
 
     def _word(self, file: int) -> str | None:
         return self._splits.word_in(self._names[file]) if self._says_split else None

@@ -89,6 +89,10 @@ class CsvSource:
         self.notes = [*absent_notes(wanted, columns), NAMED_IMAGES_NOTE]
 
     @property
+    def default_source(self) -> str:
+        return self._mapper.default_source
+
+    @property
     def identity(self) -> str:
         return identity_of(f"csv:{self._uri}", [self._file])
 

@@ -85,6 +85,10 @@ class HuggingFaceSource:
         self.notes += [f"'{p.file.name}': {p.stream.fault}" for p in self._parts if p.stream.fault]
 
     @property
+    def default_source(self) -> str:
+        return self._mapper.default_source
+
+    @property
     def identity(self) -> str:
         return identity_of(f"hf:{self._uri}", [part.file for part in self._parts])
 

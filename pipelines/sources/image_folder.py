@@ -40,7 +40,7 @@ class FolderSource:
 
     def __init__(self, settings: SourceSettings, *, uri: str) -> None:
         self._uri = uri
-        self._name = stem_of(uri)
+        self.default_source = stem_of(uri)
         self._rows_per_piece = settings.rows_per_shard
         self._template = settings.caption_template or DEFAULT_TEMPLATE
         self._rule = split_rule(settings.split_names, settings.split)
@@ -110,7 +110,7 @@ class FolderSource:
             path,
             captions=[self._template.format(class_name)],
             split=self._rule.hashed(path) if said is None else self._rule.named(said),
-            source=self._name,
+            source=self.default_source,
             class_name=class_name,
         )
 

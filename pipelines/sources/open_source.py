@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from pipelines.sources.chexpert import open_chexpert
 from pipelines.sources.coco import CocoSource
 from pipelines.sources.csv_table import CsvSource
 from pipelines.sources.hugging_face import HuggingFaceSource
 from pipelines.sources.image_folder import FolderSource
+from pipelines.sources.mimic import open_mimic
+from pipelines.sources.mixture import MixtureSource
 from pipelines.sources.parquet import ParquetSource
 from pipelines.sources.scenes import SceneSource
 from pipelines.sources.source import PairSource, SourceSettings
@@ -30,7 +33,13 @@ KINDS: dict[str, tuple[Opener, str]] = {
         lambda settings, rest: CocoSource(settings, spec=rest),
         "coco:annotations/captions_train2017.json",
     ),
+    "mixture": (
+        lambda settings, rest: MixtureSource(settings, uri=rest, open_part=open_source),
+        "mixture:parts.yaml",
+    ),
     "folder": (lambda settings, rest: FolderSource(settings, uri=rest), "folder:images_by_class"),
+    "chexpert": (lambda settings, rest: open_chexpert(settings, root=rest), "chexpert:CheXpert-v1.0-small"),
+    "mimic-cxr": (lambda settings, rest: open_mimic(settings, root=rest), "mimic-cxr:mimic-cxr-jpg/2.0.0"),
 }
 
 

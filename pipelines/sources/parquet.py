@@ -79,6 +79,10 @@ class ParquetSource:
         self._check_images()
 
     @property
+    def default_source(self) -> str:
+        return self._mapper.default_source
+
+    @property
     def identity(self) -> str:
         return identity_of(f"parquet:{self._uri}", [footer.file for footer in self._footers])
 

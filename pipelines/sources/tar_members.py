@@ -119,6 +119,9 @@ def tar_members(
             num_empty += 1
             continue
         info = _header(block)
+        if len(block) < _BLOCK and damaged_from is None:
+            yield Damage("truncated_shard", "the archive ends within a header", start)
+            return
         if info is None:
             damaged_from = start if damaged_from is None else damaged_from
             continue

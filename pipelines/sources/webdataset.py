@@ -75,6 +75,10 @@ class WebdatasetSource:
         self.notes = self._describe(heads, absent=absent, says_split=columns.split is not None)
 
     @property
+    def default_source(self) -> str:
+        return self._mapper.default_source
+
+    @property
     def identity(self) -> str:
         return identity_of(f"webdataset:{self._spec}", self._files)
 
