@@ -84,8 +84,17 @@ class DataConfig(Settings):
     split: str | None = None
     # Where relative names of images are looked up; null: beside the file that names them.
     image_root: str | None = None
-    # Makes a caption of the class where a row has no other; image folders use "a photo of a {}".
+    # Makes a caption of the class where a row has no other; image folders use "a photo of a {}", radiographs
+    # without reports "a chest X-ray with {}".
     caption_template: CaptionTemplate = None
+    # Radiographs only (chexpert:, mimic-cxr:): the views that are read; the part of a report that becomes the
+    # caption and its sentences; where reports are (null: beside the images, "labels": captions are made of the
+    # labels); what an uncertain label (-1) and a blank one count as. An ignored label is not said and not scored.
+    views: Literal["all", "frontal", "lateral"] = "all"
+    sections: Literal["both", "findings", "impression"] = "both"
+    reports: str | None = None
+    uncertain: Literal["ignore", "positive", "negative"] = "ignore"
+    blank: Literal["negative", "ignore"] = "negative"
     # The parts of source=mixture.
     mixture: list[MixturePart] = []
     # Row filter: a row stays when each named column holds one of the listed values.
