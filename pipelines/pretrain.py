@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,8 +59,9 @@ def run_job(job: Job, port: Port) -> Outcome:
     run = _Run(job, config, port)
     with run.recording_failure():
         run.build()
-        for batch in run.batches():
-            run.step(batch)
+        with contextlib.closing(run.batches()) as batches:
+            for batch in batches:
+                run.step(batch)
         return run.finish()
 
 
@@ -137,19 +138,22 @@ class _Run:
                 write_start(self.job.folder, self.config, found)
         self.started = time.monotonic()
 
-    def batches(self) -> Iterator[PairBatch]:
-        """The batches still to be trained on."""
+    def batches(self) -> Generator[PairBatch]:
+        """The batches still to be trained on; closing it ends whatever feeds them."""
         scores_elsewhere = self.config.scoring.mode == "stream"
         feed, lead = self.scored_feed() if scores_elsewhere else (self.feed(), None)
         first, end = self.trainer.step, self.config.train.steps
-        found = feed.batches(first, end)
-        for _ in range(first, end):
+        with contextlib.ExitStack() as stack:
             if lead is not None:
-                lead.ask()
-            started = time.perf_counter()
-            batch = next(found)
-            self.trainer.meter.add_wait(time.perf_counter() - started)
-            yield batch
+                stack.callback(lead.close)
+            found = stack.enter_context(contextlib.closing(feed.batches(first, end)))
+            for _ in range(first, end):
+                if lead is not None:
+                    lead.ask()
+                started = time.perf_counter()
+                batch = next(found)
+                self.trainer.meter.add_wait(time.perf_counter() - started)
+                yield batch
 
     def scored_feed(self) -> tuple[ScoredFeed, Lead]:
         """Batches whose patches are scored on the way, and what lets them come."""

@@ -202,6 +202,11 @@ class Lead:
         self._asked = self._board.ask(trainer.gather.rank, step, until=until)
         trainer.meter.add_publishing(time.perf_counter() - started)
 
+    def close(self) -> None:
+        """End what waits for this trainer: tasks that would build batches, scorers that want weights."""
+        if self._trainer.gather.rank == 0:
+            self._board.close()
+
     def _publish(self, step: int) -> None:
         assert self._trainer.teacher is not None
         # One at a time: a board that is slower than the trainer must not pile up weights.

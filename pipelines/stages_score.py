@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -14,6 +15,9 @@ from pipelines.job import Job
 from pipelines.prepared import Prepared, read_manifest
 from pipelines.sources.open_source import source_identity
 from pipelines.storage import AlreadyExistsError, join, read_json
+
+if TYPE_CHECKING:
+    from pipelines.score_shards import ScoreSource
 
 
 def score_stage(
@@ -30,9 +34,8 @@ def score_stage(
         AlreadyExistsError: the output is complete.
     """
     from pipelines.cluster import connect
-    from pipelines.pretrain import build_trainer
     from pipelines.progress import StageProgress
-    from pipelines.score_shards import ScoreSource, score_prepared
+    from pipelines.score_shards import score_prepared
     from pipelines.stages import one_run
 
     folder = one_run(run)
@@ -55,26 +58,10 @@ def score_stage(
     if dry_run:
         return
     connect(address=config.ray_address)
-    trainer = build_trainer(config, prepared)
-    trainer.load_state_dict(load_checkpoint(place)["trainer"])
-    scorer = (
-        TokenScorer(trainer.model.encoder.vision, None, replace(trainer.recipe, teacher=Teacher()))
-        if trainer.teacher is None
-        else trainer.teacher.scorer()
-    )
-    about = {
-        "run_id": job.run_id,
-        "method": config.method.name,
-        "step": trainer.step,
-        "checkpoint_sha256": about_checkpoint(place)[0],
-        "scorer": "model" if trainer.teacher is None else "teacher",
-        "teacher": asdict(scorer.recipe.teacher),
-        "grid": round(scorer.vision.grid * scorer.recipe.teacher.image_scale),
-    }
     score_prepared(
         prepared,
         output,
-        ScoreSource(scorer, config.train.precision, about),
+        _source(job, prepared, place),
         pool=config.scoring,
         on_progress=StageProgress(console),
     )
@@ -83,6 +70,29 @@ def score_stage(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _source(job: Job, prepared: Prepared, checkpoint: str) -> ScoreSource:
+    """The run's EMA teacher, or its model where it has no teacher."""
+    from pipelines.pretrain import build_trainer
+    from pipelines.score_shards import ScoreSource
+
+    trainer = build_trainer(job.config, prepared)
+    trainer.load_state_dict(load_checkpoint(checkpoint)["trainer"])
+    scorer = (
+        TokenScorer(trainer.model.encoder.vision, None, replace(trainer.recipe, teacher=Teacher()))
+        if trainer.teacher is None
+        else trainer.teacher.scorer()
+    )
+    about = {
+        "run_id": job.run_id,
+        "method": trainer.recipe.name,
+        "step": trainer.step,
+        "checkpoint_sha256": about_checkpoint(checkpoint)[0],
+        "scorer": "model" if trainer.teacher is None else "teacher",
+        "image_scale": scorer.recipe.teacher.image_scale,
+    }
+    return ScoreSource(scorer, job.config.train.precision, about)
 
 
 def scored_place(config: Config) -> str:

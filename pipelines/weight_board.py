@@ -146,6 +146,10 @@ class Board:
             )
         return version, self.result(refs[0]) if refs else None
 
+    def close(self) -> None:
+        """End the board; whoever waits at it gets an error."""
+        ray.kill(self.actor)
+
     def result(self, ref: ray.ObjectRef[Any]) -> Any:
         """What a call returned.
 

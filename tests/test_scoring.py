@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +85,8 @@ def test_publishing_keeps_its_interval_and_always_begins():
         if policy.publishes(step, last=published[-1] if published else None):
             published.append(step)
     assert published[0] == 0
-    assert {b - a for a, b in zip(published[:-1], published[1:], strict=True) if a > 800} == {
-        policy.push_interval(900)
-    }
+    gaps = {b - a for a, b in pairwise(published) if a > 800}
+    assert gaps == {policy.push_interval(900)}
     assert policy.push_interval(900) > 1
 
 
