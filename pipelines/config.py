@@ -87,12 +87,12 @@ class DataConfig(Settings):
     # Makes a caption of the class where a row has no other; image folders use "a photo of a {}", radiographs
     # without reports "a chest X-ray with {}".
     caption_template: CaptionTemplate = None
-    # Radiographs only (chexpert:, mimic-cxr:): the views that are read; the part of a report that becomes the
-    # caption and its sentences; where reports are (null: beside the images, "labels": captions are made of the
-    # labels); what an uncertain label (-1) and a blank one count as. An ignored label is not said and not scored.
+    # Radiographs only (chexpert:, mimic-cxr:). Which views are read; which section of a report becomes caption
+    # and sentences; where reports are: null beside the images, "labels" makes captions of the labels instead.
     views: Literal["all", "frontal", "lateral"] = "all"
     sections: Literal["both", "findings", "impression"] = "both"
     reports: str | None = None
+    # What an uncertain label (-1) and a blank one count as; an ignored one is neither said nor scored.
     uncertain: Literal["ignore", "positive", "negative"] = "ignore"
     blank: Literal["negative", "ignore"] = "negative"
     # The parts of source=mixture.

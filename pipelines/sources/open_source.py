@@ -6,14 +6,12 @@ import difflib
 from collections.abc import Callable
 
 from pipelines.sources.chexpert import open_chexpert
-from pipelines.sources.chexpert import open_chexpert
 from pipelines.sources.coco import CocoSource
 from pipelines.sources.csv_table import CsvSource
 from pipelines.sources.hugging_face import HuggingFaceSource
 from pipelines.sources.image_folder import FolderSource
 from pipelines.sources.mimic import open_mimic
 from pipelines.sources.mixture import MixtureSource
-from pipelines.sources.mimic import open_mimic
 from pipelines.sources.parquet import ParquetSource
 from pipelines.sources.scenes import SceneSource
 from pipelines.sources.source import PairSource, SourceSettings
@@ -40,8 +38,6 @@ KINDS: dict[str, tuple[Opener, str]] = {
         "mixture:parts.yaml",
     ),
     "folder": (lambda settings, rest: FolderSource(settings, uri=rest), "folder:images_by_class"),
-    "chexpert": (lambda settings, rest: open_chexpert(settings, root=rest), "chexpert:CheXpert-v1.0-small"),
-    "mimic-cxr": (lambda settings, rest: open_mimic(settings, root=rest), "mimic-cxr:mimic-cxr-jpg/2.0.0"),
     "chexpert": (lambda settings, rest: open_chexpert(settings, root=rest), "chexpert:CheXpert-v1.0-small"),
     "mimic-cxr": (lambda settings, rest: open_mimic(settings, root=rest), "mimic-cxr:mimic-cxr-jpg/2.0.0"),
 }
