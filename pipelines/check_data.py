@@ -8,6 +8,7 @@ from pipelines.config import Config
 from pipelines.evaluate import split_table
 from pipelines.evaluation.preflight import check_main_metric, check_report_split
 from pipelines.feed import train_order
+from pipelines.few_shot import plan_few_shot
 from pipelines.prepared import Prepared
 
 
@@ -16,7 +17,8 @@ def check_data(config: Config, prepared: Prepared) -> None:
 
     Raises:
         ValueError: fewer training rows than a batch or than prototypes, an empty split, an unknown label or
-            metric, a main metric the selection split does not define, or a report split that allows no task.
+            metric, a main metric the selection split does not define, a report split that allows no task, or
+            shots of classes without a training row.
     """
     train_order(prepared, batch_size=config.train.batch_size, seed=config.seed)
     _refuse_more_clusters_than_rows(config, prepared)
@@ -34,7 +36,10 @@ def check_data(config: Config, prepared: Prepared) -> None:
         settings=settings,
         **known,
     )
-    check_report_split(split_table(prepared.uri, settings.report_on), settings=settings, **known)
+    reported = split_table(prepared.uri, settings.report_on)
+    check_report_split(reported, settings=settings, **known)
+    if settings.shots:
+        plan_few_shot(settings, prepared, reported, seed=config.seed)
 
 
 def _refuse_more_clusters_than_rows(config: Config, prepared: Prepared) -> None:

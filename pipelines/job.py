@@ -22,6 +22,8 @@ _FREE = {
     "prepared": None,
     "ray_address": None,
     "sweep": None,
+    # What is scored beside the zero-shot tasks at the end; nothing in a run depends on it.
+    "evaluation": {"shots", "prompts"},
     "train": {
         "num_workers",
         "cpus_per_worker",

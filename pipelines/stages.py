@@ -151,7 +151,8 @@ def evaluate_stage(
         console.print(f"evaluating {place} on '{split}' of {job.prepared}", highlight=False)
     if dry_run:
         return
-    config = validate_tree(with_overrides(job.tree, overrides, below="evaluation"))
+    # Not the stored tree: a setting may be newer than the run.
+    config = validate_tree(with_overrides(job.config.tree(), overrides, below="evaluation"))
     prepared = Prepared.open(job.prepared)
     trainer = build_trainer(config, prepared)
     trainer.load_state_dict(load_checkpoint(place)["trainer"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from rich.console import Console
 
 from models.prompt_learning import ClassNames, PromptLearner
+from pipelines.check_data import check_data
 from pipelines.config import Config
 from pipelines.encode import ModelEncoder
 from pipelines.evaluate import evaluate_trained, publish_evaluation, selection_value, split_table
 from pipelines.evaluation import encoder as encoding
 from pipelines.few_shot import first_context, plan_few_shot, prompt_fitter, training_images
+from pipelines.job import identity
+from pipelines.launch import run_here
 from pipelines.prepared import Prepared
 from pipelines.pretrain import build_trainer
 from pipelines.prompt_fitter import PromptTower
 from pipelines.results import Store
+from pipelines.stages import evaluate_stage
 from pipelines.train_step import Trainer
 from tests.pipeline_fixture import small_config, small_job
 
@@ -308,3 +314,29 @@ def test_data_that_cannot_be_classified_is_refused(run: Run, small_prepared: str
 def test_settings_are_checked_when_built(override: str, message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         small_config(tmp_path, override)
+
+
+@pytest.mark.ray
+def test_a_run_is_the_same_with_and_without_and_older_runs_can_be_scored(small_prepared: str, tmp_path: Path):
+    config, other = small_config(tmp_path), small_config(tmp_path, *SHORT)
+    assert identity(config.tree()) == identity(other.tree())
+    assert identity(config.tree()) != identity(small_config(tmp_path, "evaluation.resamples=60").tree())
+    job = small_job(config, small_prepared, "clip-s0")
+    for key in ("shots", "prompts"):
+        del job.tree["evaluation"][key]
+    job.write()
+    run_here(job)
+    shown = Console(width=200, file=io.StringIO(), record=True)
+    overrides = [*SHORT, "evaluation.resamples=0"]
+    evaluate_stage(job.root, overrides, shown, split="test", dry_run=False, as_json=False)
+    assert "fewshot classification" in shown.export_text()
+
+
+@pytest.mark.ray
+def test_data_without_classes_is_refused_before_anything_is_trained(run: Run, small_prepared: str):
+    check_data(run.config, run.prepared)
+    # A class that no training row has.
+    manifest = run.prepared.manifest
+    manifest = {**manifest, "class_names": [*manifest["class_names"], "zebra"]}
+    with pytest.raises(ValueError, match=r"1 of 11 have none: zebra; set evaluation\.shots=0"):
+        check_data(run.config, Prepared(small_prepared, manifest))
