@@ -53,11 +53,14 @@ def run_workers(world: int, work: Callable[[ThreadGather], Result]) -> list[Resu
     meeting = _Meeting(world)
 
     def run(rank: int) -> Result:
+        is_done = False
         try:
-            return work(ThreadGather(rank, world, meeting))
-        except BaseException:
-            meeting.barrier.abort()  # the others must not wait for this one
-            raise
+            result = work(ThreadGather(rank, world, meeting))
+            is_done = True
+        finally:
+            if not is_done:
+                meeting.barrier.abort()  # the others must not wait for this one
+        return result
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(run, range(world)))
