@@ -33,7 +33,10 @@ Files = Annotated[list[str] | None, typer.Option("--config", "-c", help="YAML fi
 Overrides = Annotated[list[str] | None, typer.Argument(help="Any config value, as key.sub=value.")]
 Source = Annotated[
     str | None,
-    typer.Option(help="scenes:quick, scenes:tokens, or parquet:<file or folder, local or s3://>."),
+    typer.Option(
+        help="scenes:quick, scenes:tokens, or <kind>:<place>, local or s3://, with one of the kinds parquet, "
+        "webdataset, csv, hf, coco, folder, mixture, chexpert, mimic-cxr."
+    ),
 ]
 Output = Annotated[
     str | None, typer.Option("--output", "-o", help="Run root: local path or s3://bucket/key.")

@@ -11,6 +11,16 @@ _DIGIT_PROMPTS: Final = {
     "negative_texts": ["no digit", "only scribbles"],
 }
 
+
+def _files(kind: str) -> dict[str, Any]:
+    """Settings for photographs and drawings of any kind of file."""
+    return {
+        "output": f"runs/{kind}",
+        "data": {"image_size": 48},
+        "train": {"min_crop_area": 0.6, "steps": 300},
+    }
+
+
 # By source, or by its scheme.
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "scenes:quick": {"output": "runs/quick", "evaluation": _DIGIT_PROMPTS},
@@ -20,11 +30,9 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "train": {"steps": 600},
         "evaluation": _DIGIT_PROMPTS,
     },
-    "parquet": {
-        "output": "runs/parquet",
-        "data": {"image_size": 48},
-        "train": {"min_crop_area": 0.6, "steps": 300},
-    },
+    **{kind: _files(kind) for kind in ("parquet", "webdataset", "csv", "hf", "coco", "mixture")},
+    # Prompts say what the captions say.
+    "folder": {**_files("folder"), "evaluation": {"templates": ["a photo of a {}"]}},
 }
 
 

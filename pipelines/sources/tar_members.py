@@ -148,16 +148,41 @@ def _stretch(start: int, end: int) -> Damage:
     return Damage("damaged_shard", f"{end - start} bytes from byte {start} are no part of an archive", start)
 
 
-def _header(block: bytes) -> tarfile.TarInfo | None:
-    try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+@dataclass
+class _Header:
+    name: str
+    size: int
+    type: bytes
+
+
+def _header(block: bytes) -> _Header | None:
+    """The fields of a header that matter here; None when its checksum is not that of the block."""
+    if len(block) < _BLOCK:
         return None
-    return info if info.size >= 0 else None
+    size, checksum = _number(block[124:136]), _number(block[148:156])
+    if size is None or size < 0 or checksum is None:
+        return None
+    # The checksum counts its own field as blanks.
+    if sum(block) - sum(block[148:156]) + 8 * 32 != checksum and checksum not in tarfile.calc_chksums(block):
+        return None
+    name = block[:100].partition(b"\0")[0]
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    return _Header(name.decode("utf-8", "surrogateescape"), size, block[156:157])
+
+
+def _number(field: bytes) -> int | None:
+    """Octal digits, or for what does not fit them binary digits after a mark; None when it is neither."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        return None
 
 
 def _member(
-    info: tarfile.TarInfo, counted: _Counted, *, wants: Callable[[str], bool], overrides: dict[str, str]
+    info: _Header, counted: _Counted, *, wants: Callable[[str], bool], overrides: dict[str, str]
 ) -> tuple[Member | Damage | None, dict[str, str]]:
     """What a header announces, and what the headers so far say of the next member."""
     start = counted.position - _BLOCK
@@ -183,7 +208,7 @@ def _member(
     return Member(name, counted.body(info.size, wanted=wants(name))), {}
 
 
-def _name(info: tarfile.TarInfo, overrides: dict[str, str]) -> str:
+def _name(info: _Header, overrides: dict[str, str]) -> str:
     name = overrides.get("path", info.name)
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").removeprefix("./")
 

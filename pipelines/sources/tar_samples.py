@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
@@ -88,13 +89,14 @@ class Sample:
         return f"sample '{self.key}' has: {endings}"
 
 
-def json_path(reference: str) -> tuple[str, list[str]]:
+@functools.lru_cache(maxsize=1024)
+def json_path(reference: str) -> tuple[str, tuple[str, ...]]:
     """`meta.json.caption.de` as the ending `meta.json` and the path to walk; no path without JSON."""
     parts = reference.split(".")
     if "json" not in parts:
-        return reference, []
+        return reference, ()
     end = parts.index("json") + 1
-    return ".".join(parts[:end]), parts[end:]
+    return ".".join(parts[:end]), tuple(parts[end:])
 
 
 def ending_of(reference: str) -> str:
@@ -102,7 +104,7 @@ def ending_of(reference: str) -> str:
     return json_path(reference)[0]
 
 
-def _walk(value: Any, path: list[str]) -> Any:
+def _walk(value: Any, path: tuple[str, ...]) -> Any:
     for position, part in enumerate(path):
         if not isinstance(value, Mapping):
             return None

@@ -6,6 +6,7 @@ front to back in one task, member by member.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import posixpath
@@ -100,7 +101,7 @@ class WebdatasetSource:
         with open_unzipped(shard.uri) as file:
             samples = tar_samples(
                 cast(BinaryIO, file),
-                wants=lambda ending: self._mapper.wants(ending, with_images=with_images),
+                wants=functools.cache(lambda ending: self._mapper.wants(ending, with_images=with_images)),
                 size=None if _is_packed(shard.uri) else shard.size,
             )
             for number, found in enumerate(samples):
