@@ -87,8 +87,8 @@ class DataConfig(Settings):
     # Makes a caption of the class where a row has no other; image folders use "a photo of a {}", radiographs
     # without reports "a chest X-ray with {}".
     caption_template: CaptionTemplate = None
-    # Radiographs only (chexpert:, mimic-cxr:). Which views are read; which section of a report becomes caption
-    # and sentences; where reports are: null beside the images, "labels" makes captions of the labels instead.
+    # Radiographs only (chexpert:, mimic-cxr:). Which views are read; which section of a report becomes the
+    # caption; where reports are: null beside the images, "labels" makes captions of the labels instead.
     views: Literal["all", "frontal", "lateral"] = "all"
     sections: Literal["both", "findings", "impression"] = "both"
     reports: str | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.schemas import PREPARED, SCORED, SCORES_VERSION, check_schema
+from pipelines.schemas import PREPARED, SCORED, SCORES_VERSION, UNKNOWN_LABELS, check_schema
 from pipelines.storage import exists, join, read_bytes, read_json, read_table
 from pipelines.tokenizer import TextTokenizer
 
@@ -76,13 +77,16 @@ class Prepared:
     def table(self, split: str, *, columns: list[str] | None = None) -> pa.Table:
         """All rows of a split in their fixed order, in `schema` or some of its columns.
 
+        Whole rows have `schemas.UNKNOWN_LABELS` too where the data leaves labels open.
+
         Raises:
             ValueError: the split is unknown, or a shard does not hold what the manifest says.
         """
         names = columns if columns is not None else self.schema.names
         schema = pa.schema([self.schema.field(name) for name in names])
-        tables = [self._shard(shard, schema=schema) for shard in self._split(split)["shards"]]
-        return pa.concat_tables(tables) if tables else schema.empty_table()
+        extra = [UNKNOWN_LABELS] if columns is None else []
+        tables = [self._shard(shard, schema=schema, extra=extra) for shard in self._split(split)["shards"]]
+        return pa.concat_tables(tables, promote_options="default") if tables else schema.empty_table()
 
     def shard(self, split: str, number: int) -> pa.Table:
         """Rows of one shard in `schema`; `number` is its place in the manifest's list.
@@ -108,9 +112,12 @@ class Prepared:
         found: dict[str, Any] = splits[split]
         return found
 
-    def _shard(self, shard: dict[str, Any], *, schema: pa.Schema) -> pa.Table:
+    def _shard(self, shard: dict[str, Any], *, schema: pa.Schema, extra: Sequence[pa.Field] = ()) -> pa.Table:
+        """A shard in `schema`, with those extra columns that it has."""
         place = join(self.uri, shard["path"])
-        table = read_table(place, columns=schema.names)
+        table = read_table(place, columns=schema.names + [field.name for field in extra])
+        for field in extra:
+            schema = schema.append(field) if field.name in table.column_names else schema
         check_schema(table.schema, schema, where=place)
         if len(table) != shard["rows"]:
             raise ValueError(f"'{place}': the manifest says {shard['rows']} rows, found {len(table)}")

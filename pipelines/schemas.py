@@ -53,6 +53,10 @@ PAIRS: Final = pa.schema(
 # early, an image file that is not there). Null: nothing is known against the row.
 PROBLEM: Final = pa.field("problem", pa.struct([("reason", pa.string()), ("message", pa.string())]))
 
+# Beside `PAIRS` and `PREPARED`, only where a source leaves labels open: nobody knows whether a row has these,
+# and no score counts it for them. Null: every label that `labels` does not list is absent.
+UNKNOWN_LABELS: Final = pa.field("unknown_labels", pa.list_(pa.string()))
+
 # What `prepare` writes: `image` holds size x size x 3 raw uint8, RGB, row-major, so that an epoch
 # costs a copy instead of a decode. `caption_tokens[i]` and `sentence_tokens[i]` are the token ids of
 # `captions[i]` and `sentences[i]`, start and end tokens included, without padding.

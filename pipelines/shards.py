@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.images import RejectedRowError, crop_boxes, decode_square
-from pipelines.schemas import PREPARED, SPLITS
+from pipelines.schemas import PREPARED, SPLITS, UNKNOWN_LABELS
 from pipelines.storage import join, write_bytes
 from pipelines.tokenizer import TextTokenizer
 
@@ -93,7 +93,9 @@ class ShardWriter:
         rows, self._waiting[split] = self._waiting[split], []
         path = f"shards/{split}-{self._next_shard[split]:05d}.parquet"
         self._next_shard[split] += 1
-        data = parquet_bytes(pa.Table.from_pylist(rows, schema=PREPARED))
+        leaves_open = any(UNKNOWN_LABELS.name in row for row in rows)
+        schema = PREPARED.append(UNKNOWN_LABELS) if leaves_open else PREPARED
+        data = parquet_bytes(pa.Table.from_pylist(rows, schema=schema))
         # A task that is run again after its worker died writes the same bytes to the same place.
         write_bytes(join(self._settings.output_uri, path), data)
         sha = hashlib.sha256(data).hexdigest()

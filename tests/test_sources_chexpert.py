@@ -62,6 +62,7 @@ def test_rows_of_a_small_tree(root):
         "source": "chexpert",
         "split": "",
         "boxes": None,
+        "unknown_labels": ["Pneumonia"],
     }
     assert rows[1]["labels"] == ["No Finding"]
     assert rows[1]["captions"] == ["a chest X-ray with no finding"]

@@ -94,6 +94,7 @@ def test_images_of_a_study_share_its_report(root):
         "source": "mimic-cxr",
         "split": "train",
         "boxes": None,
+        "unknown_labels": ["Pneumonia"],
     }
     assert rows[1]["image"] == radiograph(1)
     assert rows[1]["captions"] == rows[0]["captions"]

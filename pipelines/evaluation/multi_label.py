@@ -91,13 +91,16 @@ def weighted_auroc(scores_N: Floats, is_positive_N: Bools, counts_NR: Floats) ->
     return found
 
 
-def score_labels(scores_NL: Floats, is_positive_NL: Bools, names: Sequence[str]) -> MultiLabel:
+def score_labels(
+    scores_NL: Floats, is_positive_NL: Bools, names: Sequence[str], *, is_known_NL: Bools | None = None
+) -> MultiLabel:
     """AUROC of every label and their macro mean.
 
     Args:
         scores_NL: higher means present.
         is_positive_NL: truth.
         names: L label names.
+        is_known_NL: where not, the row does not count for the label; None: the truth is known everywhere.
 
     Raises:
         ValueError: shapes that disagree, no rows, or scores that are not finite.
@@ -113,8 +116,9 @@ def score_labels(scores_NL: Floats, is_positive_NL: Bools, names: Sequence[str])
         )
     labels = []
     for column, name in enumerate(names):
-        truth = is_positive_NL[:, column]
-        value = auroc(scores_NL[:, column], truth)
+        known = _known(column, scores_NL, is_known_NL)
+        truth = is_positive_NL[known, column]
+        value = auroc(scores_NL[known, column], truth)
         missing = "positives" if not truth.any() else "negatives"
         labels.append(
             LabelAuroc(
@@ -125,7 +129,10 @@ def score_labels(scores_NL: Floats, is_positive_NL: Bools, names: Sequence[str])
             )
         )
     defined = [i for i, label in enumerate(labels) if label.auroc is not None]
-    values = auroc_row_values(scores_NL[:, defined], is_positive_NL[:, defined]) if defined else None
+    values = None
+    if defined:
+        known_NL = None if is_known_NL is None else is_known_NL[:, defined]
+        values = auroc_row_values(scores_NL[:, defined], is_positive_NL[:, defined], is_known_NL=known_NL)
     return MultiLabel(
         labels=labels,
         auroc_macro=float(np.mean([labels[i].auroc for i in defined])) if defined else None,
@@ -134,22 +141,31 @@ def score_labels(scores_NL: Floats, is_positive_NL: Bools, names: Sequence[str])
     )
 
 
-def auroc_row_values(scores_NL: Floats, is_positive_NL: Bools) -> Floats:
+def _known(column: int, scores_NL: Floats, is_known_NL: Bools | None) -> Bools:
+    """The rows that count for a label, [N]."""
+    return np.ones(len(scores_NL), np.bool_) if is_known_NL is None else is_known_NL[:, column]
+
+
+def auroc_row_values(scores_NL: Floats, is_positive_NL: Bools, *, is_known_NL: Bools | None = None) -> Floats:
     """Per-row values whose mean is the macro AUROC and whose spread is its sampling spread, [N].
 
     A positive row contributes how many negatives it beats and a negative row by how many positives it is
     beaten, relative to the AUROC (the placements of DeLong et al. 1988, each divided by the share of its
-    class). With them the macro AUROC of two methods can be compared like any mean over rows.
+    class). With them the macro AUROC of two methods can be compared like any mean over rows. A row that does
+    not count for a label has its AUROC there.
     """
     num_rows, num_labels = scores_NL.shape
     values: Floats = np.zeros(num_rows)
     for column in range(num_labels):
-        truth = is_positive_NL[:, column]
-        of_positive, of_negative = _placements(scores_NL[:, column], truth)
+        known = _known(column, scores_NL, is_known_NL)
+        of_positive, of_negative = _placements(scores_NL[known, column], is_positive_NL[known, column])
         area = of_positive.mean()
         values += area
-        values[truth] += (of_positive - area) / truth.mean()
-        values[~truth] += (of_negative - area) / (1 - truth.mean())
+        for at, found in (
+            (known & is_positive_NL[:, column], of_positive),
+            (known & ~is_positive_NL[:, column], of_negative),
+        ):
+            values[at] += (found - area) / at.mean()
     return np.asarray(values / num_labels)
 
 
@@ -160,6 +176,7 @@ def auroc_intervals(
     bootstrap: Bootstrap,
     *,
     group_ids: Sequence[str | None] | None = None,
+    is_known_NL: Bools | None = None,
 ) -> tuple[dict[str, Interval], Interval | None]:
     """Bootstrap intervals: per defined label by name, and of the macro mean (None when undefined).
 
@@ -175,14 +192,18 @@ def auroc_intervals(
         nothing = no_interval(found.auroc_macro, str(note), bootstrap)
         return {found.labels[i].name: nothing for i in defined}, nothing
     replicates_LR = auroc_replicates(
-        scores_NL[:, defined], is_positive_NL[:, defined], bootstrap, group_ids=group_ids
+        scores_NL[:, defined],
+        is_positive_NL[:, defined],
+        bootstrap,
+        group_ids=group_ids,
+        is_known_NL=None if is_known_NL is None else is_known_NL[:, defined],
     )
     groups = group_index(group_ids, len(scores_NL))
     per_label = {}
     for row, i in zip(replicates_LR, defined, strict=True):
-        label, truth = found.labels[i], is_positive_NL[:, i]
+        label, known = found.labels[i], _known(i, scores_NL, is_known_NL)
         point = float(label.auroc or 0.0)
-        lonely = _lonely_class(truth, groups)
+        lonely = _lonely_class(is_positive_NL[:, i], known, groups)
         per_label[label.name] = (
             no_interval(point, lonely, bootstrap)
             if lonely
@@ -201,14 +222,17 @@ def auroc_replicates(
     bootstrap: Bootstrap,
     *,
     group_ids: Sequence[str | None] | None = None,
+    is_known_NL: Bools | None = None,
 ) -> Floats:
     """AUROC of each label in each resample, [L, R]; NaN where undefined."""
     blocks = []
+    known_LN = [_known(i, scores_NL, is_known_NL) for i in range(scores_NL.shape[1])]
     for counts_NR in resample_counts(len(scores_NL), bootstrap, group_ids=group_ids):
-        columns = range(scores_NL.shape[1])
-        blocks.append(
-            np.stack([weighted_auroc(scores_NL[:, i], is_positive_NL[:, i], counts_NR) for i in columns])
-        )
+        found = [
+            weighted_auroc(scores_NL[known, i], is_positive_NL[known, i], counts_NR[known])
+            for i, known in enumerate(known_LN)
+        ]
+        blocks.append(np.stack(found))
     return np.concatenate(blocks, axis=1)
 
 
@@ -221,8 +245,11 @@ def macro_replicates(replicates_LR: Floats) -> Floats:
     return found
 
 
-def _lonely_class(is_positive_N: Bools, groups: NDArray[np.int64] | None) -> str | None:
-    for truth, kind in ((is_positive_N, "positives"), (~is_positive_N, "negatives")):
+def _lonely_class(is_positive_N: Bools, is_known_N: Bools, groups: NDArray[np.int64] | None) -> str | None:
+    for truth, kind in (
+        (is_positive_N & is_known_N, "positives"),
+        (~is_positive_N & is_known_N, "negatives"),
+    ):
         num_units = int(truth.sum()) if groups is None else len(np.unique(groups[truth]))
         if num_units < 2:
             return f"all {kind} come from one {'row' if groups is None else 'group'}"

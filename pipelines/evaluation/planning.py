@@ -20,6 +20,7 @@ from pipelines.evaluation.zero_shot_tasks import (
     Rows,
     ZeroShotTask,
 )
+from pipelines.schemas import UNKNOWN_LABELS
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,9 @@ def make_plan(
     """
     needed = ["row_id", "group_id", "source", "class_name", "labels", "captions"]
     columns = {name: table[name].to_pylist() for name in needed}
+    # Only where the data leaves labels open.
+    if UNKNOWN_LABELS.name in table.column_names:
+        columns[UNKNOWN_LABELS.name] = table[UNKNOWN_LABELS.name].to_pylist()
     # Boxes are the one column that is slow to turn into Python objects.
     columns["boxes"] = table["boxes"].to_pylist() if POINTING in wanted else [None] * table.num_rows
     ignored = set(settings.ignore_labels)
@@ -189,11 +193,16 @@ def _plan_multi_label(plan: Plan, source: str, at: list[int]) -> ZeroShotTask:
     is_positive = np.zeros((len(at), len(number)), dtype=np.bool_)
     for row, labels in enumerate(found):
         is_positive[row, [number[label] for label in labels if label in number]] = True
+    is_known = np.ones_like(is_positive)
+    if unknown := plan.columns.get(UNKNOWN_LABELS.name):
+        for row, i in enumerate(at):
+            is_known[row, [number[label] for label in unknown[i] or () if label in number]] = False
     settings = plan.settings
     return MultiLabelTask(
         rows=plan.rows(source, at),
         names=plan.labels,
         is_positive=is_positive,
+        is_known=is_known,
         positive_templates=list(settings.positive_templates),
         negative_templates=list(settings.negative_templates),
         negative_texts=list(settings.negative_texts),

@@ -133,6 +133,8 @@ class MultiLabelTask:
     rows: Rows
     names: list[str]
     is_positive: NDArray[np.bool_]
+    # Where not, a row does not count for a label.
+    is_known: NDArray[np.bool_]
     positive_templates: list[str]
     negative_templates: list[str]
     negative_texts: list[str]
@@ -153,14 +155,19 @@ class MultiLabelTask:
         negative = prompt_embeddings(bank, self._negative(), 1 if self.negative_texts else len(self.names))
         embeds = torch.from_numpy(images.image_embeds[self.rows.at])
         scores = zero_shot.multi_label_scores(embeds, positive, negative, score=self.score_name).numpy()
-        found = score_labels(scores, self.is_positive, self.names)
+        found = score_labels(scores, self.is_positive, self.names, is_known_NL=self.is_known)
         values = {} if found.row_values is None else {"auroc_macro": found.row_values}
         fields, _ = _row_fields(self.rows, values, None)
         per_label: dict[str, Interval] = {}
         intervals: dict[str, Interval] = {}
         if bootstrap is not None:
             per_label, macro = auroc_intervals(
-                scores, self.is_positive, found, bootstrap, group_ids=self.rows.group_ids
+                scores,
+                self.is_positive,
+                found,
+                bootstrap,
+                group_ids=self.rows.group_ids,
+                is_known_NL=self.is_known,
             )
             intervals = {} if macro is None else {"auroc_macro": macro}
         metrics: dict[str, float | None] = {

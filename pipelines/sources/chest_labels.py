@@ -37,7 +37,7 @@ CAPTION_TEMPLATE: Final = "a chest X-ray with {}"
 class LabelPolicy:
     """What an uncertain label (-1: positive, negative, ignore) and a blank one (negative, ignore) count as.
 
-    Ignored: neither present nor absent, so that nothing is said of it. A blank `No Finding` is always
+    Ignored: neither present nor absent, so that it is neither said nor scored. A blank `No Finding` is always
     negative: the labelers write it as 1 or not at all.
     """
 
@@ -51,6 +51,14 @@ class LabelPolicy:
     def absent(self, values: Mapping[str, int | None]) -> list[str]:
         """The labels that a row is said not to have."""
         return [label for label in LABELS if self._counts_as(label, values.get(label)) is False]
+
+    def unknown(self, values: Mapping[str, int | None]) -> list[str]:
+        """The labels of which nothing is known."""
+        return [label for label in LABELS if self._counts_as(label, values.get(label)) is None]
+
+    @property
+    def ignores(self) -> bool:
+        return "ignore" in (self.uncertain, self.blank)
 
     def _counts_as(self, label: str, value: int | None) -> bool | None:
         if value in (0, 1):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.schemas import UNKNOWN_LABELS
 from pipelines.sources.chest_labels import LabelPolicy, parse_label
 from pipelines.sources.files import SourceFile, identity_of
 from pipelines.sources.image_files import ImageFiles
@@ -105,7 +106,14 @@ class RadiographSource:
             source=self.kind,
             split=row["split"],
             problem=texts.problem or wrong,
+            **self._open(row),
         )
+
+    def _open(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        """The labels of a row that are ignored, under a policy that ignores any."""
+        if not self.policy.ignores:
+            return {}
+        return {UNKNOWN_LABELS.name: self.policy.unknown(row)}
 
 
 def index_table(

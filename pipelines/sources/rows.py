@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.schemas import PAIRS, PROBLEM
+from pipelines.schemas import PAIRS, PROBLEM, UNKNOWN_LABELS
 
 Problem = dict[str, str]
 
@@ -109,6 +109,8 @@ def unusable_row(row_id: str, found: Problem, *, source: str) -> dict[str, Any]:
 def pairs_table(rows: Sequence[Mapping[str, Any]], *, with_images: bool) -> pa.Table:
     """Rows of `pair_row` as a table of `schemas.PAIRS`, with problems where there are any."""
     schema = PAIRS if with_images else PAIRS.remove(PAIRS.get_field_index("image"))
+    if any(UNKNOWN_LABELS.name in row for row in rows):
+        schema = schema.append(UNKNOWN_LABELS)
     return with_problems(pa.Table.from_pylist(rows, schema=schema), [row.get("problem") for row in rows])
 
 
