@@ -189,7 +189,10 @@ class _Run:
             position = {"step": step, "epoch": self.order.epoch_of(step - 1)}
             seen = {"samples_seen": step * train.batch_size, "seconds": self.seconds}
             line = report.as_line() | ({} if clustered is None else {"prototypes": clustered})
-            line["diagnostics"] |= meter.take()
+            found, ages = meter.take()
+            line["diagnostics"] |= found
+            if ages:
+                line["score_ages"] = ages
             self.record.log(
                 {**position, **seen, **line, "temperature": line["diagnostics"]["temperature/main"]}
             )

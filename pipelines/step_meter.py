@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from torch import Tensor
 
@@ -33,10 +34,8 @@ class StepMeter:
 
     def add_ages(self, ages: Tensor, is_fallback: Tensor) -> None:
         """Ages in steps of the scores of a batch, int64 [B], and rows whose score was not used, bool [B]."""
-        self._rows += len(ages)
+        self._ages.update(ages.tolist())
         self._fallbacks += int(is_fallback.sum())
-        self._age_sum += int(ages.sum())
-        self._age_max = max(self._age_max, int(ages.max()))
 
     def add_in_flight(self, rows: int) -> None:
         """Rows that were built and not yet taken when a batch was asked for."""
@@ -46,8 +45,8 @@ class StepMeter:
         """Intersection over union of the kept sets with those of the trainer's own teacher, on one batch."""
         self._iou = iou
 
-    def take(self) -> dict[str, float]:
-        """Everything since the last call, as diagnostics of a metric line; then starts anew."""
+    def take(self) -> tuple[dict[str, float], dict[int, int]]:
+        """Diagnostics for a metric line, and rows by the age of their scores; both since the last call."""
         now = time.monotonic()
         wall_s = max(now - self._since, 1e-9)
         # Evaluations and checkpoints between steps count for nobody.
@@ -59,20 +58,23 @@ class StepMeter:
                 "scoring/publish_share": self._published_s / loop_s,
                 "feed/rows_in_flight": float(self._in_flight),
             }
-        if self._rows:
+        if self._ages:
+            rows = self._ages.total()
             found |= {
-                "scoring/staleness_mean": self._age_sum / self._rows,
-                "scoring/staleness_max": float(self._age_max),
-                "scoring/fallback_share": self._fallbacks / self._rows,
+                "scoring/staleness_mean": sum(age * count for age, count in self._ages.items()) / rows,
+                "scoring/staleness_max": float(max(self._ages)),
+                "scoring/fallback_share": self._fallbacks / rows,
                 "scoring/fallback_rows": float(self._fallbacks),
             }
         if self._iou is not None:
             found["scoring/iou_with_sync"] = self._iou
+        ages = dict(sorted(self._ages.items()))
         self._since = now
         self._clear()
-        return found
+        return found, ages
 
     def _clear(self) -> None:
         self._waited_s = self._published_s = self._step_s = self._busy_s = 0.0
-        self._actors = self._rows = self._fallbacks = self._age_sum = self._age_max = self._in_flight = 0
+        self._actors = self._fallbacks = self._in_flight = 0
+        self._ages: Counter[int] = Counter()
         self._iou: float | None = None

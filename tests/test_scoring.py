@@ -168,11 +168,12 @@ def test_old_rows_fall_back_one_by_one_and_are_counted(tmp_path: Path):
     assert torch.equal(kept[:, is_old], drawn[:, is_old])
     assert torch.equal(kept[:, ~is_old], scored.scored.kept.long()[:, ~is_old])
     assert not torch.equal(kept[:, is_old], scored.scored.kept.long()[:, is_old])
-    found = trainer.meter.take()
+    found, ages = trainer.meter.take()
+    assert ages == {0: 3, 1: 1, 2: 1, 100: 1, 500: 1, 501: 1}
     assert found["scoring/fallback_rows"] == 4
     assert found["scoring/fallback_share"] == 0.5
     assert found["scoring/staleness_max"] == 501
-    assert "scoring/fallback_share" not in trainer.meter.take()
+    assert "scoring/fallback_share" not in trainer.meter.take()[0]
 
 
 def test_warm_up_rows_are_random_and_no_fallback(tmp_path: Path):
@@ -185,7 +186,7 @@ def test_warm_up_rows_are_random_and_no_fallback(tmp_path: Path):
     grid = trainer.model.encoder.vision.grid
     kept = choose_tokens(trainer.policy, batch, None, step=0, grid=grid, meter=trainer.meter)
     assert torch.equal(kept, select_views(trainer.policy, batch, None, grid=grid))
-    assert "scoring/fallback_share" not in trainer.meter.take()
+    assert "scoring/fallback_share" not in trainer.meter.take()[0]
 
 
 def test_random_and_none_replace_the_selection_and_are_recorded(tmp_path: Path):
@@ -280,11 +281,12 @@ def test_meter_shares():
     meter.add_in_flight(64)
     meter.add_in_flight(32)
     meter.add_overlap(0.75)
-    found = meter.take()
+    found, ages = meter.take()
+    assert ages == {}
     assert found["feed/wait_share"] == 0.25
     assert found["scoring/publish_share"] == 0.125
     assert found["feed/rows_in_flight"] == 64
     assert found["scoring/iou_with_sync"] == 0.75
     assert found["scoring/utilisation"] > 0
     assert np.isfinite(list(found.values())).all()
-    assert meter.take() == {"feed/wait_share": 0.0}
+    assert meter.take() == ({"feed/wait_share": 0.0}, {})

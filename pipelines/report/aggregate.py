@@ -8,6 +8,7 @@ from typing import Any, Final
 from pipelines.evaluation.statistics import Bootstrap
 from pipelines.leaderboard import Board, leaderboards, replaced_runs
 from pipelines.report.kept_tokens import sample_views
+from pipelines.report.scorers import scorers_of
 from pipelines.results import Json, Store
 
 MAX_CURVE_POINTS: Final = 300  # per run; more cannot be told apart on a screen
@@ -20,7 +21,7 @@ def aggregate(store: Store, *, bootstrap: Bootstrap | None = None) -> Json:
 
     Returns:
         `header`, `progress`, `boards` (list of `Board`), `curves` and `responses` by method, `labels`,
-        `samples` by method, `configurations`, `failures`, `quarantine`, `runs`.
+        `samples` by method, `configurations`, `scorers`, `failures`, `quarantine`, `runs`.
     """
     sweep, runs, results = store.sweep(), store.runs(), store.results()
     boards = leaderboards(store, bootstrap=bootstrap)
@@ -38,6 +39,7 @@ def aggregate(store: Store, *, bootstrap: Bootstrap | None = None) -> Json:
         "labels": [table for board in boards for table in label_tables(results, board)],
         "samples": {method: samples_of(store, current, method) for method in methods},
         "configurations": configurations(current, methods),
+        "scorers": scorers_of(store, runs),
         "failures": [run for run in runs if run["state"] == "failed"],
         "quarantine": sweep.get("quarantine") or {},
         "runs": runs,

@@ -124,6 +124,20 @@ def response_chart(
     return _styled(figure, height=230, left=48)
 
 
+def age_chart(ages: dict[int, int], look: Look) -> go.Figure:
+    """Rows by how many steps older than the trainer's teacher their scores were."""
+    figure = go.Figure()
+    figure.add_bar(
+        x=list(ages),
+        y=list(ages.values()),
+        marker={"color": look.colour},
+        hovertemplate="%{y} rows, %{x} steps old<extra></extra>",
+    )
+    figure.update_xaxes(title_text="age of the score in steps", nticks=8)
+    figure.update_yaxes(title_text="rows")
+    return _styled(figure, height=230, left=56)
+
+
 def shared_range(responses: Sequence[Json]) -> tuple[float, float]:
     """Smallest and largest selection metric over all given responses."""
     values = [point["y"] for response in responses for point in response["points"] if point["y"] is not None]

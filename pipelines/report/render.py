@@ -16,6 +16,7 @@ from pipelines.report import views
 from pipelines.report.aggregate import aggregate, boards_as_json
 from pipelines.report.console import leaderboard_csv
 from pipelines.report.palette import looks
+from pipelines.report.scorers import scorer_views
 from pipelines.results import Json, Store
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"
@@ -67,6 +68,7 @@ def page_context(report: Json) -> tuple[Json, dict[str, Json]]:
         "responses": views.response_views(report, look, figures),
         "labels": views.label_views(report),
         "samples": [{"method": m, **view} for m, view in report["samples"].items() if view],
+        "scorers": scorer_views(report, look, figures),
         "configurations": views.configuration_views(report["configurations"]),
         "failures": views.run_views(report["failures"]),
         "quarantine": report["quarantine"],
@@ -93,6 +95,7 @@ def _sections(page: Json) -> list[tuple[str, str, bool]]:
         ("responses", "Response curves", bool(page["responses"])),
         ("labels", "Classes", bool(page["labels"])),
         ("tokens", "Kept tokens", bool(page["samples"])),
+        ("scorers", "Token scoring", bool(page["scorers"])),
         ("configurations", "Best configurations", bool(page["configurations"])),
         ("runs", "Runs", True),
     ]
