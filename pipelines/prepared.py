@@ -115,14 +115,15 @@ class Prepared:
     def _shard(self, shard: dict[str, Any], *, schema: pa.Schema, extra: Sequence[pa.Field] = ()) -> pa.Table:
         """A shard in `schema`, with those extra columns that it has."""
         place = join(self.uri, shard["path"])
-        table = read_table(place, columns=schema.names + [field.name for field in extra])
+        # A column that is not there must not be asked for.
+        table = read_table(place, columns=None if extra else schema.names)
         for field in extra:
             schema = schema.append(field) if field.name in table.column_names else schema
         check_schema(table.schema, schema, where=place)
         if len(table) != shard["rows"]:
             raise ValueError(f"'{place}': the manifest says {shard['rows']} rows, found {len(table)}")
         # Parquet does not keep "never null" in lists; the cast restores the declared schema.
-        return table.cast(schema)
+        return table.select(schema.names).cast(schema)
 
 
 def image_array(column: pa.ChunkedArray, *, size: int) -> np.ndarray:
