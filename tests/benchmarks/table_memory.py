@@ -129,7 +129,7 @@ def measure_loss(loss: str, sizes: list[int], table: Table, folder: Path) -> str
             known = (num_pairs, figures.growth_mib)
             table.add_row(loss, str(num_pairs), "whole", *_cells(figures), "")
         else:
-            table.add_row(loss, str(num_pairs), "whole", f"left out: about {needed_mib:,.0f}", "", "", "")
+            table.add_row(loss, str(num_pairs), "left out", f"~{needed_mib:,.0f}", "", "", "")
         rows = rows_per_chunk(num_pairs, num_pairs, limit_elements=PIECE_ELEMENTS)
         if rows is None:
             continue  # one piece: nothing to compare
