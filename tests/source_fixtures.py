@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from ray import cloudpickle
 
 from pipelines.config import ColumnMap, DataConfig
 from pipelines.shards import PieceReport, ShardSettings, ShardWriter
@@ -62,8 +63,8 @@ def data_config(source: str, **settings: Any) -> DataConfig:
 
 
 def rows_of(config: DataConfig) -> list[dict[str, Any]]:
-    """Every row of a source, after checking that the pass without images yields the same."""
-    source = open_source(config)
+    """Every row of a source as tasks get it, after checking that a pass without images yields the same."""
+    source = cloudpickle.loads(cloudpickle.dumps(open_source(config)))
     found: list[dict[str, Any]] = []
     for piece in source.pieces():
         rows = [row for table in source.read(piece) for row in table.to_pylist()]

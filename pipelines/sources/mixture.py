@@ -130,7 +130,8 @@ class _Overlay:
         return cast(SourceSettings, cls(settings, {**given, "mixture": ()}))
 
     def __getattr__(self, key: str) -> Any:
-        if key.startswith("__"):
+        # Copying and unpickling ask for attributes before there are any.
+        if key.startswith("__") or key in ("base", "given"):
             raise AttributeError(key)
         return self.given[key] if key in self.given else getattr(self.base, key)
 
