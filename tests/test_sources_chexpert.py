@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipelines.config import DataConfig
 from pipelines.sources.chest_labels import LABELS, LabelPolicy, caption_of, sentences_of
 from pipelines.sources.open_source import open_source, source_identity
+from pipelines.sources.source_spec import absolute_places
 from tests.medical_fixtures import (
     PLUS_HEADER,
     chexpert_row,
@@ -247,6 +250,12 @@ def test_the_row_filter_knows_the_columns_of_the_tables(root):
     ]
 
 
+def test_the_place_of_reports_is_absolute_in_a_config():
+    assert absolute_places({"reports": "texts.csv"}) == {"reports": str(Path.cwd() / "texts.csv")}
+    for kept in ("labels", "s3://bucket/texts.csv", None):
+        assert absolute_places({"reports": kept}) == {"reports": kept}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -261,11 +270,11 @@ def test_the_row_filter_knows_the_columns_of_the_tables(root):
             "none of 4 images of the chexpert tables is there, such as 'train/patient",
         ),
         ({"split": "dev"}, "data.split must be one of"),
-        ({"reports": "/nowhere.csv"}, "/nowhere.csv"),
+        ({"reports": "/nowhere.csv"}, "data.reports: '/nowhere.csv' is no file"),
     ],
 )
 def test_what_does_not_fit_is_refused(root, settings, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         open_source(config(root, **settings))
 
 
@@ -281,6 +290,14 @@ def test_another_folder_is_refused_with_what_is_there(root, tmp_path):
         open_source(config(tmp_path / "none"))
     with pytest.raises(ValueError, match="is a file; chexpert: takes the folder"):
         open_source(config(root / "train.csv"))
+    for header, message in (
+        ("", "has no header"),
+        ("Path,\ra", "has no readable header: new-line character"),
+        ("Path,Sex,Path\n", r"more than one column \['Path'\]"),
+    ):
+        (root / "train.csv").write_text(header)
+        with pytest.raises(ValueError, match=message):
+            open_source(config(root))
     (root / "train.csv").write_text("Path,Sex\n")
     with pytest.raises(ValueError, match=r"lacks the columns .*'No Finding'.*columns found: Path, Sex"):
         open_source(config(root))

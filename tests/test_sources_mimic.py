@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.sources.open_source import open_source, source_identity
 from pipelines.sources.source import pair_dataset
@@ -17,6 +18,7 @@ from tests.medical_fixtures import (
     write_csv,
     write_mimic,
 )
+from tests.s3_server import running
 from tests.source_fixtures import data_config, problems_of, rows_of, written
 
 # Ray itself sets options it has deprecated whenever a data context is made.
@@ -253,6 +255,31 @@ def test_pieces_hold_ranges_of_the_rows(root):
 def test_rows_are_read_in_tasks(root, ray_session):
     found = pair_dataset(open_source(config(root, rows_per_shard=2))).take_all()
     assert sorted(row["row_id"] for row in found) == sorted([FIRST, SECOND, THIRD, LAST])
+
+
+def test_a_tree_in_a_bucket_is_read_like_one_on_a_disk(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    here = rows_of(config(root))
+    with running(tmp_path, bucket="lab") as server:
+        place = server.uri("lab", "tree")
+        for file in (path for path in root.rglob("*") if path.is_file()):
+            fs, key = storage.filesystem(storage.join(place, str(file.relative_to(root))))
+            # Not packed once more because of its name.
+            with fs.open_output_stream(key, compression=None) as stream:
+                stream.write(file.read_bytes())
+        assert rows_of(config(place)) == here
+        table = write_csv(
+            tmp_path / "mimic_cxr_sectioned.csv",
+            SECTIONED_HEADER,
+            [{"study": "s50414267", "impression": "Mild edema."}],
+        )
+        storage.write_bytes(storage.join(place, table.name), table.read_bytes())
+        assert rows_of(config(place, views="lateral"))[0]["captions"] == ["Mild edema."]
+        with pytest.raises(ValueError, match=r"found tree/; did you mean 'mimic-cxr:s3://lab/tree\?"):
+            open_source(config(server.uri("lab", "")))
+    storage._s3.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,10 @@ from pipelines.sources.radiographs import (
     usable_ids,
     with_malformed,
 )
-from pipelines.sources.report_texts import FROM_LABELS, LabelTexts, TextReader, scan_report_table
+from pipelines.sources.report_texts import LabelTexts, TextReader, scan_report_table
 from pipelines.sources.rows import Problem, problem
 from pipelines.sources.source import SourceSettings
+from pipelines.sources.source_spec import FROM_LABELS
 from pipelines.sources.splits import hashed_split, split_rule
 from pipelines.sources.text_columns import header_of, read_text_columns, refuse_absent
 from pipelines.storage import join

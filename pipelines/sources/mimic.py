@@ -34,7 +34,6 @@ from pipelines.sources.radiographs import (
     with_malformed,
 )
 from pipelines.sources.report_texts import (
-    FROM_LABELS,
     LabelTexts,
     ReportFiles,
     ReportTable,
@@ -43,6 +42,7 @@ from pipelines.sources.report_texts import (
 )
 from pipelines.sources.rows import Problem, problem
 from pipelines.sources.source import SourceSettings
+from pipelines.sources.source_spec import FROM_LABELS
 from pipelines.sources.splits import BY_HASH, split_rule
 from pipelines.sources.text_columns import TextColumns, read_text_columns
 from pipelines.storage import join

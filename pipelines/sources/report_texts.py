@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,15 +17,13 @@ from pipelines.reports import ReportSections, report_sections
 from pipelines.sentences import report_sentences
 from pipelines.sources.chest_labels import LabelPolicy, caption_of, sentences_of
 from pipelines.sources.csv_records import Record, csv_records
+from pipelines.sources.files import files_named
 from pipelines.sources.image_files import ImageFiles
 from pipelines.sources.remote import open_unzipped
 from pipelines.sources.rows import Problem, UnusableError, decoded, problem
 from pipelines.sources.text_columns import header_of, refuse_absent
 
 Key = TypeVar("Key")
-
-# The value of data.reports that asks for captions made of labels, whatever reports are there.
-FROM_LABELS: Final = "labels"
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,10 @@ def scan_report_table(uri: str, *, key: str, sections: Mapping[str, str], wanted
         sections: the column that may hold each section of `ReportSections`.
 
     Raises:
-        ValueError: no `key` column, or no column of a section.
+        ValueError: no such file, no `key` column, or no column of a section.
     """
+    if not files_named([uri])[0]:
+        raise ValueError(f"data.reports: '{uri}' is no file")
     columns = header_of(uri)
     named = {section: column for section, column in sections.items() if column in columns}
     refuse_absent([key, *([] if named else sections.values())], columns, where=uri)

@@ -9,6 +9,9 @@ from typing import Any, Final
 from pipelines.sources.files import folder_of, stem_of
 from pipelines.storage import absolute
 
+# The value of data.reports that asks for captions made of labels, whatever reports are there.
+FROM_LABELS: Final = "labels"
+
 # Kinds whose places may be lists with `::`.
 _LISTS: Final = ("webdataset", "coco")
 
@@ -32,6 +35,8 @@ def absolute_places(data: Mapping[str, Any]) -> dict[str, Any]:
         placed["source"] = absolute_source(placed["source"])
     if isinstance(placed.get("image_root"), str):
         placed["image_root"] = absolute(placed["image_root"])
+    if isinstance(placed.get("reports"), str) and placed["reports"] != FROM_LABELS:
+        placed["reports"] = absolute(placed["reports"])
     if isinstance(placed.get("mixture"), list):
         parts = placed["mixture"]
         placed["mixture"] = [absolute_places(part) if isinstance(part, Mapping) else part for part in parts]

@@ -31,11 +31,14 @@ def header_of(uri: str) -> list[str]:
     """The column names of a CSV file.
 
     Raises:
-        ValueError: no header, or a name twice.
+        ValueError: no header, one that is no text, or a name twice.
     """
     with open_unzipped(uri) as file:
         line = file.readline(_MAX_HEADER_BYTES).decode("utf-8-sig", "replace")
-    names = [name.strip() for name in next(csv.reader([line]), [])]
+    try:
+        names = [name.strip() for name in next(csv.reader([line]), [])]
+    except csv.Error as error:
+        raise ValueError(f"'{uri}' has no readable header: {error}") from error
     if not any(names):
         raise ValueError(f"'{uri}' has no header")
     if twice := sorted({name for name in names if names.count(name) > 1}):
