@@ -5,16 +5,13 @@ from __future__ import annotations
 import random
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
 import pipelines.sources.image_files
-import pipelines.sources.remote
 from pipelines.sources.image_files import ImageFiles
 from pipelines.sources.open_source import open_source
 from pipelines.sources.parquet import rows_per_table
-from pipelines.sources.remote import open_file, read_range
 from tests.source_fixtures import data_config, picture, problems_of, rows_of, written
 
 
@@ -90,78 +87,6 @@ def test_what_is_no_readable_file(images, monkeypatch):
         "missing_image",
         None,
     ]
-
-
-class Flaky:
-    """A filesystem that fails for some calls, as a storage server does while it is restarted."""
-
-    def __init__(self, error: OSError, *, failures: int) -> None:
-        self._fs = pafs.LocalFileSystem()
-        self._error = error
-        self.failures = failures
-
-    def _fail(self) -> None:
-        if self.failures:
-            self.failures -= 1
-            raise self._error
-
-    def open_input_file(self, path):
-        self._fail()
-        file, fail = self._fs.open_input_file(path), self._fail
-
-        class File:
-            def __getattr__(self, name):
-                if name == "read":
-                    fail()
-                return getattr(file, name)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                file.close()
-
-        return File()
-
-
-@pytest.fixture
-def flaky(monkeypatch):
-    """Puts a flaky storage behind every URI, and counts how long was waited."""
-    waits: list[float] = []
-
-    def flaky(error: OSError, *, failures: int) -> list[float]:
-        fs = Flaky(error, failures=failures)
-        for module in (pipelines.sources.image_files, pipelines.sources.remote):
-            monkeypatch.setattr(module, "filesystem", lambda uri: (fs, uri.partition("://")[2] or uri))
-        return waits
-
-    monkeypatch.setattr(pipelines.sources.remote.time, "sleep", waits.append)
-    return flaky
-
-
-def test_a_storage_that_comes_back_loses_nothing(images, flaky):
-    waits = flaky(OSError("AWS Error NETWORK_CONNECTION during HeadObject"), failures=5)
-    data, wrong = ImageFiles(f"s3://{images}").read(["0.png", "none.png"])
-    assert (data[0], wrong[0]) == (picture(0), None)
-    assert wrong[1] is not None
-    assert wrong[1]["reason"] == "missing_image"
-    assert sum(waits) > 3
-    waits = flaky(OSError("timeout"), failures=3)
-    with open_file(f"s3://{images}/1.png") as file:
-        assert file.read(10) + file.read() == picture(1)
-        file.seek(-4, 2)
-        assert file.read() == picture(1)[-4:]
-    assert read_range(f"s3://{images}/1.png", 5, 7) == picture(1)[5:12]
-
-
-@pytest.mark.parametrize(
-    ("message", "num_waits"), [("timeout", 8), ("AWS Error ACCESS_DENIED during GetObject", 0)]
-)
-def test_a_storage_that_stays_away_or_refuses_stops_the_task(images, flaky, message, num_waits):
-    waits = flaky(OSError(message), failures=1000)
-    with pytest.raises(OSError, match=message):
-        ImageFiles(f"s3://{images}").read(["0.png"])
-    assert len(waits) == num_waits
 
 
 def test_text_that_is_not_utf8_is_counted(tmp_path):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.sources.remote import retried
 from pipelines.sources.rows import Problem, UnusableError
 from pipelines.storage import filesystem
 
@@ -39,7 +38,7 @@ class ImageFiles:
         """The bytes of each file, and what is wrong with it; empty bytes alone where no name is given.
 
         Raises:
-            OSError: the storage cannot be reached or refuses, after a minute and a half of trying.
+            OSError: the storage cannot be reached, or refuses.
         """
         places = _Places(self.root)
         threads = _LOCAL_THREADS if "://" not in self.root else _REMOTE_THREADS
@@ -126,17 +125,13 @@ def _read(fs: pafs.FileSystem, path: str) -> bytes:
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             raise UnusableError("unreadable_image", f"'{path}': {error}") from error
     try:
-        return retried(lambda: _read_remote(fs, path))
+        with fs.open_input_file(path) as file:
+            _check_size(file.size(), path)
+            return bytes(file.read())
     except _NOT_A_FILE as error:
         raise UnusableError("missing_image", f"no file '{path}'") from error
     except pa.ArrowInvalid as error:
         raise UnusableError("missing_image", f"'{path}': {error}") from error
-
-
-def _read_remote(fs: pafs.FileSystem, path: str) -> bytes:
-    with fs.open_input_file(path) as file:
-        _check_size(file.size(), path)
-        return bytes(file.read())
 
 
 def _check_size(num_bytes: int, path: str) -> None:
