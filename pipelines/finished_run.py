@@ -22,13 +22,15 @@ class FoundRun:
     job: Job
     checkpoint: str
 
-    def load(self, overrides: Sequence[str] = (), *, below: str = "evaluation") -> tuple[Config, Trainer]:
-        """Its configuration, with overrides of one part, and a trainer with its weights.
+    def load(self, overrides: Sequence[str] = ()) -> tuple[Config, Trainer]:
+        """Its configuration, with overrides below `evaluation`, and a trainer with its weights.
 
         Raises:
             ValueError: an override of another part.
         """
-        config = validate_tree(with_overrides(self.job.tree, overrides, below=below))
+        # What the run did not know yet has its default.
+        tree = self.job.config.tree()
+        config = validate_tree(with_overrides(tree, overrides, below="evaluation"))
         trainer = build_trainer(config, Prepared.open(self.job.prepared))
         trainer.load_state_dict(load_checkpoint(self.checkpoint)["trainer"])
         return config, trainer

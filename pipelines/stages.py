@@ -12,7 +12,6 @@ from rich.table import Table
 
 from pipelines import storage
 from pipelines.config import Config
-from pipelines.config_tree import validate_tree, with_overrides
 from pipelines.job import Job
 from pipelines.prepared import Prepared
 from pipelines.progress import StageProgress
@@ -136,27 +135,19 @@ def evaluate_stage(
     Raises:
         ValueError: no run, several runs, or no checkpoint at `run`; an override outside `evaluation`.
     """
-    from pipelines.checkpoint import latest_place, load_checkpoint
     from pipelines.evaluate import evaluate_trained
-    from pipelines.pretrain import build_trainer
+    from pipelines.finished_run import find_run
 
-    folder = one_run(run)
-    job = Job(**storage.read_json(storage.join(folder, "job.json")))
-    place = latest_place(storage.join(folder, "checkpoints"))
-    if place is None:
-        raise ValueError(f"no checkpoint below '{folder}'; trials of a sweep keep none")
+    found = find_run(run)
+    job = found.job
     if split not in ("selection", "test"):
         raise ValueError(f"--split must be selection or test, got '{split}'")
     if not as_json:
-        console.print(f"evaluating {place} on '{split}' of {job.prepared}", highlight=False)
+        console.print(f"evaluating {found.checkpoint} on '{split}' of {job.prepared}", highlight=False)
     if dry_run:
         return
-    # Not the stored tree: a setting may be newer than the run.
-    config = validate_tree(with_overrides(job.config.tree(), overrides, below="evaluation"))
-    prepared = Prepared.open(job.prepared)
-    trainer = build_trainer(config, prepared)
-    trainer.load_state_dict(load_checkpoint(place)["trainer"])
-    records = evaluate_trained(job, config, prepared, trainer, split=split)
+    config, trainer = found.load(overrides)
+    records = evaluate_trained(job, config, Prepared.open(job.prepared), trainer, split=split)
     if not records:
         raise ValueError(f"the rows of split '{split}' in '{job.prepared}' allow no evaluation")
     if as_json:
@@ -220,28 +211,6 @@ def _begin(config: Config, run_id: str) -> tuple[Config, bool]:
         )
     continues = latest_place(storage.join(folder, "checkpoints")) is not None
     return pin_start(config, recorded=record["config"] if continues else None), continues
-
-
-def one_run(run: str) -> str:
-    """Folder of the run that a root or a run folder means.
-
-    Raises:
-        ValueError: there is none with a checkpoint, or several.
-    """
-    if storage.exists(storage.join(run, "job.json")):
-        return run
-    found = storage.list_files(storage.join(run, "runs"), suffix="job.json")
-    with_weights = [
-        file.removesuffix("/job.json")
-        for file in found
-        if storage.list_files(storage.join(run, "runs", file.removesuffix("/job.json"), "checkpoints"))
-    ]
-    if len(with_weights) != 1:
-        raise ValueError(
-            f"'{run}' must be one run's folder, or a root with one run that has a checkpoint; found "
-            f"{len(with_weights)}: {', '.join(with_weights[:8]) or 'none'}"
-        )
-    return storage.join(run, "runs", with_weights[0])
 
 
 def _print_results(root: str, console: Console, *, run_id: str) -> None:

@@ -9,14 +9,14 @@ from rich.console import Console
 
 from models.teacher import TokenScorer
 from models.training_slots import Teacher
-from pipelines.checkpoint import about_checkpoint, find_checkpoint, load_checkpoint
+from pipelines.checkpoint import about_checkpoint
 from pipelines.config import Config
-from pipelines.job import Job
 from pipelines.prepared import Prepared, read_manifest
 from pipelines.sources.open_source import source_identity
-from pipelines.storage import AlreadyExistsError, join, read_json
+from pipelines.storage import AlreadyExistsError
 
 if TYPE_CHECKING:
+    from pipelines.finished_run import FoundRun
     from pipelines.score_shards import ScoreSource
 
 
@@ -34,13 +34,12 @@ def score_stage(
         AlreadyExistsError: the output is complete.
     """
     from pipelines.cluster import connect
+    from pipelines.finished_run import find_run
     from pipelines.progress import StageProgress
     from pipelines.score_shards import score_prepared
-    from pipelines.stages import one_run
 
-    folder = one_run(run)
-    job = Job(**read_json(join(folder, "job.json")))
-    place = find_checkpoint(join(folder, "checkpoints"))
+    found = find_run(run)
+    job = found.job
     config, prepared = job.config, Prepared.open(data or job.prepared)
     if prepared.image_size != config.data.image_size:
         raise ValueError(
@@ -51,7 +50,7 @@ def score_stage(
         raise AlreadyExistsError(f"'{output}' is complete; name another output")
     console.print(
         f"scoring {sum(prepared.num_rows(split) for split in prepared.manifest['splits']):,} rows of "
-        f"'{prepared.uri}' with {place} -> {output}",
+        f"'{prepared.uri}' with {found.checkpoint} -> {output}",
         highlight=False,
         soft_wrap=True,
     )
@@ -61,7 +60,7 @@ def score_stage(
     score_prepared(
         prepared,
         output,
-        _source(job, prepared, place),
+        _source(found),
         pool=config.scoring,
         on_progress=StageProgress(console),
     )
@@ -72,27 +71,25 @@ def score_stage(
     )
 
 
-def _source(job: Job, prepared: Prepared, checkpoint: str) -> ScoreSource:
+def _source(run: FoundRun) -> ScoreSource:
     """The run's EMA teacher, or its model where it has no teacher."""
-    from pipelines.pretrain import build_trainer
     from pipelines.score_shards import ScoreSource
 
-    trainer = build_trainer(job.config, prepared)
-    trainer.load_state_dict(load_checkpoint(checkpoint)["trainer"])
+    _, trainer = run.load()
     scorer = (
         TokenScorer(trainer.model.encoder.vision, None, replace(trainer.recipe, teacher=Teacher()))
         if trainer.teacher is None
         else trainer.teacher.scorer()
     )
     about = {
-        "run_id": job.run_id,
+        "run_id": run.job.run_id,
         "method": trainer.recipe.name,
         "step": trainer.step,
-        "checkpoint_sha256": about_checkpoint(checkpoint)[0],
+        "checkpoint_sha256": about_checkpoint(run.checkpoint)[0],
         "scorer": "model" if trainer.teacher is None else "teacher",
         "image_scale": scorer.recipe.teacher.image_scale,
     }
-    return ScoreSource(scorer, job.config.train.precision, about)
+    return ScoreSource(scorer, run.job.config.train.precision, about)
 
 
 def scored_place(config: Config) -> str:
