@@ -72,12 +72,17 @@ class MixturePart(Settings):
     split: str | None = None
     image_root: str | None = None
     caption_template: CaptionTemplate = None
+    views: Literal["all", "frontal", "lateral"] | None = None
+    sections: Literal["both", "findings", "impression"] | None = None
+    reports: str | None = None
+    uncertain: Literal["ignore", "positive", "negative"] | None = None
+    blank: Literal["negative", "ignore"] | None = None
 
 
 class DataConfig(Settings):
     """Where image-text pairs come from and how they are prepared."""
 
-    # <kind>:<place>; `clipfleet config --help` and the error of an unknown kind list the kinds.
+    # <kind>:<place>; the help of `--source` and the error of an unknown kind list the kinds.
     source: str = "scenes:quick"
     columns: ColumnMap = ColumnMap()
     # The split of every row, whatever the data says; null: a column, a folder, a file name or a hash decides.
@@ -103,6 +108,7 @@ class DataConfig(Settings):
         "train": "train",
         "val": "selection",
         "selection": "selection",
+        "valid": "selection",
         "validation": "selection",
         "test": "test",
     }

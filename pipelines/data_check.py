@@ -33,7 +33,7 @@ class DataReport:
     """What a sample of a source looks like; plain values, printed as a table or as JSON.
 
     Attributes:
-        num_rows: of the source, as its files say; a row filter may leave fewer.
+        num_rows: of the source, as its files say (of tars an estimate); a row filter may leave fewer.
         num_pieces: tasks that read it.
         num_sampled: rows looked at.
         problems: what keeps the data from being used, or would spoil a result.
@@ -75,7 +75,7 @@ def check_source(config: Config, *, max_rows: int) -> DataReport:
     """
     source = open_source(config.data)
     pieces = source.pieces()
-    report = DataReport(config.data.source, sum(piece.num_rows for piece in pieces), len(pieces))
+    report = DataReport(config.data.source, sum(piece.likely_rows for piece in pieces), len(pieces))
     report.warnings += source.notes
     started = time.process_time()
     rows = _look_at(source, pieces, config, report, max_rows=max_rows)

@@ -38,8 +38,8 @@ def survey_texts(source: PairSource, *, pieces: list[Piece], on_progress: Progre
         row_ids[number] = found["row_ids"].combine_chunks().flatten()
         words.update(json.loads(found["words"][0].as_py()))
         num_train += found["num_train"][0].as_py()
-        num_seen += pieces[number].num_rows
-        on_progress("reading texts", num_seen, sum(piece.num_rows for piece in pieces))
+        num_seen += pieces[number].likely_rows
+        on_progress("reading texts", num_seen, sum(piece.likely_rows for piece in pieces))
     num_rows = sum(len(ids) for ids in row_ids.values())
     return Survey(num_rows, num_train, find_duplicates([row_ids[piece.number] for piece in pieces]), words)
 

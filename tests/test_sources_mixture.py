@@ -14,7 +14,7 @@ from pipelines.config_tree import load_config
 from pipelines.feed import train_order
 from pipelines.prepare import prepare
 from pipelines.prepared import Prepared
-from pipelines.sources.mixture import source_weights
+from pipelines.sources.mixture import _Overlay, source_weights
 from pipelines.sources.open_source import open_source, source_identity
 from pipelines.sources.source_spec import source_stem
 from tests.source_fixtures import data_config, picture, problems_of, rows_of, samples, write_tar
@@ -129,6 +129,13 @@ def test_a_file_lists_the_parts_relative_to_itself(places):
     listed[1]["columns"] = {}
     (places / "mix.yaml").write_text(yaml.safe_dump(listed))
     assert len({before, changed, source_identity(config)}) == 3
+
+
+def test_a_part_may_be_radiographs_with_settings_of_its_own(tmp_path):
+    part = MixturePart(source="chexpert:/x", views="frontal", reports="labels")
+    settings = _Overlay.of(data_config("mixture", views="all", sections="findings"), part)
+    assert (settings.views, settings.reports, settings.sections) == ("frontal", "labels", "findings")
+    assert (settings.source, list(settings.mixture)) == ("chexpert:/x", [])
 
 
 def test_problems_pass_through(places):

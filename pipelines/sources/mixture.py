@@ -19,7 +19,7 @@ import yaml
 from pipelines.sources.column_names import PlainColumns
 from pipelines.sources.files import folder_of
 from pipelines.sources.source import PairSource, PartSettings, Piece, SourceSettings
-from pipelines.sources.source_spec import absolute_source, source_stem
+from pipelines.sources.source_spec import absolute_places, source_stem
 from pipelines.storage import absolute, join, read_bytes
 
 Open = Callable[[SourceSettings], PairSource]
@@ -85,7 +85,10 @@ class MixtureSource:
         numbered = [
             (number, piece) for number, part in enumerate(self._parts) for piece in part.source.pieces()
         ]
-        return [Piece(number, piece.num_rows, (part, piece)) for number, (part, piece) in enumerate(numbered)]
+        return [
+            dataclasses.replace(piece, number=number, spec=(part, piece))
+            for number, (part, piece) in enumerate(numbered)
+        ]
 
     def read(self, piece: Piece, *, with_images: bool = True) -> Iterator[pa.Table]:
         number, inner = piece.spec
@@ -155,10 +158,18 @@ def _listed(uri: str) -> list[PartSettings]:
 
     from pipelines.config import MixturePart
 
+    folder = folder_of(uri)
+
+    def place(value: str) -> str:
+        return absolute(value) if "://" in value or value.startswith("~") else join(folder, value)
+
     try:
         content = yaml.safe_load(read_bytes(uri))
         listed = content.get("mixture") if isinstance(content, Mapping) else content
-        parts = TypeAdapter(list[MixturePart]).validate_python(listed)
+        placed = (
+            [absolute_places(part, place=place) for part in listed] if isinstance(listed, list) else listed
+        )
+        return list(TypeAdapter(list[MixturePart]).validate_python(placed))
     except FileNotFoundError as error:
         raise ValueError(f"data.source: '{uri}' does not exist") from error
     except yaml.YAMLError as error:
@@ -166,20 +177,6 @@ def _listed(uri: str) -> list[PartSettings]:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'list'}: {e['msg']}" for e in error.errors()]
         raise ValueError(f"data.source: '{uri}' must list parts of a mixture: {'; '.join(lines)}") from error
-    folder = folder_of(uri)
-
-    def place(value: str) -> str:
-        return absolute(value) if "://" in value or value.startswith("~") else join(folder, value)
-
-    return [
-        part.model_copy(
-            update={
-                "source": absolute_source(part.source, place=place),
-                "image_root": None if part.image_root is None else place(part.image_root),
-            }
-        )
-        for part in parts
-    ]
 
 
 def _names(parts: Iterable[PartSettings]) -> list[str]:

@@ -93,11 +93,18 @@ class Piece:
     """One task's worth of input, about `rows_per_shard` rows in the order of the input.
 
     `num_rows` is an upper bound: a row filter may leave fewer. `spec` is the source's own business.
+    `estimate` is how many rows to expect where the bound is far off, as for a tar, which does not say.
     """
 
     number: int
     num_rows: int
     spec: Any
+    estimate: int | None = None
+
+    @property
+    def likely_rows(self) -> int:
+        """Rows to show to the user and to reckon time and memory with."""
+        return self.num_rows if self.estimate is None else self.estimate
 
 
 class PairSource(Protocol):

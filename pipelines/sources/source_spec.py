@@ -25,21 +25,22 @@ def absolute_source(source: str, *, place: Callable[[str], str] = absolute) -> s
     return f"{kind}:{'::'.join(place(part) if part else part for part in parts)}"
 
 
-def absolute_places(data: Mapping[str, Any]) -> dict[str, Any]:
+def absolute_places(data: Any, *, place: Callable[[str], str] = absolute) -> Any:
     """A data config, or a part of a mixture, as plain values with its places made absolute.
 
     What has a wrong type stays as it is: validation has something to say about it.
     """
+    if not isinstance(data, Mapping):
+        return data
     placed = dict(data)
     if isinstance(placed.get("source"), str):
-        placed["source"] = absolute_source(placed["source"])
+        placed["source"] = absolute_source(placed["source"], place=place)
     if isinstance(placed.get("image_root"), str):
-        placed["image_root"] = absolute(placed["image_root"])
+        placed["image_root"] = place(placed["image_root"])
     if isinstance(placed.get("reports"), str) and placed["reports"] != FROM_LABELS:
-        placed["reports"] = absolute(placed["reports"])
+        placed["reports"] = place(placed["reports"])
     if isinstance(placed.get("mixture"), list):
-        parts = placed["mixture"]
-        placed["mixture"] = [absolute_places(part) if isinstance(part, Mapping) else part for part in parts]
+        placed["mixture"] = [absolute_places(part, place=place) for part in placed["mixture"]]
     return placed
 
 

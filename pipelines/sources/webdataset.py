@@ -72,7 +72,7 @@ class WebdatasetSource:
             caption_template=settings.caption_template,
             keys_repeat=any(count > 1 for count in first_keys.values()),
         )
-        self._check(heads, columns)
+        self._sample_bytes = self._check(heads, columns)
         self.notes = self._describe(heads, absent=absent, says_split=columns.split is not None)
 
     @property
@@ -84,12 +84,14 @@ class WebdatasetSource:
         return identity_of(f"webdataset:{self._spec}", self._files)
 
     def pieces(self) -> list[Piece]:
-        """One tar each, small ones together. The rows are a bound: a tar does not say how many it has."""
+        """One tar each, small ones together. Tars do not tell their rows: a bound and an estimate."""
         packs = pack(((shard.size, number) for number, shard in enumerate(self._shards)), limit=_PIECE_BYTES)
         bounds = [_max_rows(shard) for shard in self._shards]
         return [
-            Piece(number, sum(bounds[shard] for shard in shards), shards)
-            for number, (_, shards) in enumerate(packs)
+            Piece(
+                number, sum(bounds[shard] for shard in shards), shards, round(size / self._sample_bytes) or 1
+            )
+            for number, (size, shards) in enumerate(packs)
         ]
 
     def read(self, piece: Piece, *, with_images: bool = True) -> Iterator[pa.Table]:
@@ -112,19 +114,20 @@ class WebdatasetSource:
                 elif (row := self._mapper.row(found, shard, number=number)) is not None:
                     yield row
 
-    def _check(self, heads: list[_Head], columns: PlainColumns) -> None:
-        """Look at the first samples of the first tar that has any."""
+    def _check(self, heads: list[_Head], columns: PlainColumns) -> float:
+        """Look at the first samples of the first tar that has any; returns the bytes that one takes."""
         whole = [shard for shard, head in zip(self._shards, heads, strict=True) if head.first_key is not None]
         for shard in whole or self._shards[:_SAMPLES]:
-            if samples := self._first_samples(shard):
+            samples, num_bytes = self._first_samples(shard)
+            if samples:
                 check_samples(samples, self._mapper, columns=columns, where=shard.uri)
-                return
+                return num_bytes / len(samples)
         raise ValueError(
             f"data.source: no whole sample in the {len(self._shards)} tars of '{self._spec}'; the first is "
             f"'{self._shards[0].uri}'. A sample's members are named <key>.<ending>, such as 000001.jpg"
         )
 
-    def _first_samples(self, shard: Shard) -> list[Sample]:
+    def _first_samples(self, shard: Shard) -> tuple[list[Sample], int]:
         with open_unzipped(shard.uri) as file:
             found = tar_samples(
                 cast(BinaryIO, file),
@@ -132,7 +135,7 @@ class WebdatasetSource:
                 size=None if _is_packed(shard.uri) else shard.size,
             )
             samples = (sample for sample in found if isinstance(sample, Sample) and not sample.problem)
-            return list(itertools.islice(samples, _SAMPLES))
+            return list(itertools.islice(samples, _SAMPLES)), file.tell()
 
     def _describe(self, heads: list[_Head], *, absent: list[str], says_split: bool) -> list[str]:
         notes = []
