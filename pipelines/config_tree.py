@@ -169,7 +169,10 @@ def _parse_override(text: str) -> Tree:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"an override must read key.sub=value, got '{text}'")
-    return _nested(key.strip(), yaml.safe_load(value) if value else None)
+    try:
+        return _nested(key.strip(), yaml.safe_load(value) if value else None)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of '{text}' is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _nested(path: str, value: Any) -> Tree:

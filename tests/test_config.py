@@ -211,6 +211,7 @@ def test_layers_are_left_as_they_were():
         (["seed=-1"], r"seed: Input should be greater than or equal to 0"),
         (["sweep.seeds=[1, -1]"], r"sweep\.seeds\.1: Input should be greater than or equal to 0"),
         (["output="], r"output: Input should be a valid string"),
+        (["data.mixture=[{"], r"the value of 'data\.mixture=\[\{' is not valid YAML"),
         (["data=3"], r"config key 'data' must hold a mapping, got 3"),
         (["method="], r"config key 'method' must hold a mapping, got None"),
         (["evaluation.select_on=test"], r"must be different splits, both are 'test'"),
