@@ -172,7 +172,8 @@ def _parse_override(text: str) -> Tree:
     try:
         return _nested(key.strip(), yaml.safe_load(value) if value else None)
     except yaml.YAMLError as error:
-        raise ValueError(f"the value of '{text}' is not valid YAML: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"the value of '{text}' is not valid YAML: {message}") from error
 
 
 def _nested(path: str, value: Any) -> Tree:
