@@ -145,7 +145,7 @@ def test_with_a_test_table_the_validation_set_selects(root):
     assert [row["split"] for row in found] == ["train", "train", "selection", "test"]
     assert found[-1]["labels"] == ["Edema"]
     assert [row["split"] for row in rows_of(config(root, split="train"))] == ["train"] * 5
-    named = config(root, split_names={"train": "train", "valid": "test", "test": "selection"})
+    named = config(root, split_names={"valid.csv": "test", "test.csv": "selection"})
     assert [row["split"] for row in rows_of(named)][-2:] == ["test", "selection"]
 
 
@@ -208,6 +208,7 @@ def test_rows_that_cannot_be_used_are_counted(root, tmp_path):
     table.write_bytes(
         table.read_bytes()
         + "\n".join(extra).encode()
+        + b"\nno\xff,fields"
         + f"\nCheXpert-v1.0-small/train/patient\xe9/study1/x.jpg,,,Frontal,{blanks}\n".encode("latin-1")
     )
     rows = rows_of(config(root))
@@ -215,12 +216,13 @@ def test_rows_that_cannot_be_used_are_counted(root, tmp_path):
         f"{FIRST}x": "missing_image",
         "train:elsewhere/view1_frontal.jpg": "malformed_row",
         "train:malformed:0": "malformed_row",
+        "train:malformed:1": "malformed_row",
         "train/patient00004/study1/view1_frontal": "invalid_label",
         "train:": "undecodable_text",
     }
     report = written(config(root), tmp_path / "out")
-    assert report.num_rows == 9
-    assert len(report.quarantined) == 5
+    assert report.num_rows == 10
+    assert len(report.quarantined) == 6
     messages = {row["row_id"]: row["message"] for row in report.quarantined}
     assert messages[f"{FIRST}x"] == f"no file '{root}/{FIRST}x.jpg'"
     assert messages["train:malformed:0"].endswith("record 7: 4 fields, the header has 19")

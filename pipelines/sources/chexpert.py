@@ -89,7 +89,7 @@ def open_chexpert(settings: SourceSettings, *, root: str) -> RadiographSource:
     return RadiographSource(
         kind=KIND,
         root=root,
-        index=index.append_column("report", starts).append_column("split", splits),
+        index=index.drop_columns("said").append_column("report", starts).append_column("split", splits),
         images=ImageFiles(folder),
         layout=ChexpertLayout(ending),
         texts=texts,
@@ -153,11 +153,14 @@ def _views(table: pa.Table) -> pa.ChunkedArray:
 def _splits(
     index: pa.Table, tables: Sequence[str], *, settings: SourceSettings
 ) -> tuple[pa.ChunkedArray, list[str]]:
-    """The split of each row. What no table provides is taken from the training patients, a tenth each."""
+    """The split of each row, which `data.split_names` may say of a table (`valid.csv`).
+
+    What no table provides is taken from the training patients, a tenth each.
+    """
     rule = split_rule(settings.split_names, settings.split)
     # Radiologists labelled the small sets: without a test set, the other one is reported on.
-    usual = {"valid": "selection" if "test" in tables else "test"}
-    named = {said: rule.fixed or {**usual, **rule.names}.get(said, "") for said in tables}
+    usual = {"train": "train", "valid": "selection" if "test" in tables else "test", "test": "test"}
+    named = {said: rule.fixed or rule.names.get(f"{said}.csv", usual[said]) for said in tables}
     meant = pa.array([named.get(said, "") for said in index["said"].to_pylist()])
     missing = sorted({"selection", "test"} - set(named.values())) if rule.fixed is None else []
     notes = [] if rule.fixed else [f"{said}.csv is the split {split}" for said, split in named.items()]

@@ -80,7 +80,8 @@ class RadiographSource:
     def _table(self, rows: list[dict[str, Any]], *, with_images: bool) -> pa.Table:
         usable = [row for row in rows if row["fault"] is None]
         texts = iter(self.texts.read(usable))
-        contents, problems = [b""] * len(usable), [None] * len(usable)
+        contents = [b""] * len(usable)
+        problems: list[Problem | None] = [None] * len(usable)
         if with_images:
             contents, problems = self.images.read([self.layout.image(row["row_id"]) for row in usable])
         images = iter(zip(contents, problems, strict=True))
@@ -160,7 +161,7 @@ def kept_rows(
         ValueError: the filter names an unknown column.
     """
     table = columns.table.append_column(FAULT, pa.array(columns.undecodable, FAULT.type))
-    passes = pa.array([True] * len(table)) if wanted == "all" else pc.equal(views, wanted)
+    passes = pa.array([True] * len(table), pa.bool_()) if wanted == "all" else pc.equal(views, wanted)
     table = table.append_column("shows", passes)
     keeps = pc.field("shows")
     if conditions:

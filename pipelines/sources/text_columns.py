@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from pipelines.sources.remote import open_unzipped
 from pipelines.sources.rows import Problem, problem
 
 _MAX_HEADER_BYTES = 1 << 20
+# One character per byte: pyarrow stumbles over a malformed record that is no UTF-8, and would not count it.
+_BYTES = "latin-1"
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,12 @@ def read_text_columns(uri: str, names: Sequence[str]) -> TextColumns:
             table = pa_csv.read_csv(
                 file,
                 # One thread: only then do records have numbers.
-                read_options=pa_csv.ReadOptions(use_threads=False, column_names=found, skip_rows=1),
+                read_options=pa_csv.ReadOptions(
+                    use_threads=False, column_names=found, skip_rows=1, encoding=_BYTES
+                ),
                 parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=set_aside),
                 convert_options=pa_csv.ConvertOptions(
-                    column_types=dict.fromkeys(found, pa.binary()),
+                    column_types=dict.fromkeys(found, pa.string()),
                     strings_can_be_null=False,
                     include_columns=list(names),
                 ),
@@ -89,15 +94,15 @@ def _decoded(table: pa.Table, malformed: list[Problem], *, where: str) -> TextCo
     undecodable: list[Problem | None] = [None] * len(table)
     columns = {}
     for name in table.column_names:
-        try:
-            columns[name] = table[name].cast(pa.string())
-        except pa.ArrowInvalid:
-            values = [_text(value) for value in table[name].to_pylist()]
-            for row, value in enumerate(values):
-                if value is None:
-                    message = f"'{where}', row {row + 1}: column '{name}' is not UTF-8"
-                    undecodable[row] = undecodable[row] or problem("undecodable_text", message)
-            columns[name] = pa.chunked_array([pa.array([value or "" for value in values], pa.string())])
+        if pc.all(pc.string_is_ascii(table[name]), min_count=0).as_py():
+            columns[name] = table[name]
+            continue
+        values = [_text(value.encode(_BYTES)) for value in table[name].to_pylist()]
+        for row, value in enumerate(values):
+            if value is None:
+                message = f"'{where}', row {row + 1}: column '{name}' is not UTF-8"
+                undecodable[row] = undecodable[row] or problem("undecodable_text", message)
+        columns[name] = pa.chunked_array([pa.array([value or "" for value in values], pa.string())])
     return TextColumns(pa.table(columns), malformed, undecodable)
 
 
