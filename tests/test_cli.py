@@ -19,7 +19,21 @@ from pipelines.config_tree import load_config
 from pipelines.results import Store
 from tests.pipeline_fixture import SMALL
 
-VERBS = ("sweep", "pretrain", "prepare", "evaluate", "results", "report", "methods", "doctor", "config")
+VERBS = (
+    "sweep",
+    "pretrain",
+    "prepare",
+    "data",
+    "score",
+    "evaluate",
+    "results",
+    "report",
+    "methods",
+    "doctor",
+    "config",
+)
+# Verbs below a verb.
+GROUPED = ("data check", "data stats", "data show", "methods show")
 
 
 def clipfleet(*arguments: str) -> Result:
@@ -56,9 +70,9 @@ def test_every_verb_is_listed():
     assert all(verb in shown for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*(verb for verb in VERBS if verb != "data"), *GROUPED])
 def test_every_verb_has_help_with_an_example(verb: str):
-    result = clipfleet(verb, "--help")
+    result = clipfleet(*verb.split(), "--help")
     assert result.exit_code == 0
     assert f"Example: clipfleet {verb}" in result.output
 
