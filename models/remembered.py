@@ -86,8 +86,9 @@ def _memory_table(
 ) -> PairTable:
     num_noise, batch = recipe.candidates.size, features.batch
     noise = memory.noise_indices(keyed_uniform(batch.draw_keys, Draw.MEMORY, num_noise))
-    other = 1 if side == "image" else 0
-    own, drawn = memory.draw(batch.row_index)[other], memory.draw(noise)[other]
+    # Only the other modality is read: B * K * D numbers each.
+    stored = memory.texts if side == "image" else memory.images
+    own, drawn = stored[batch.row_index], stored[noise]
     table = memory_table(queries, own, drawn, inverse_temperature=inverse_temperature)
     if recipe.estimator.kind != "sigmoid":
         return table
