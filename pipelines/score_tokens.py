@@ -100,7 +100,11 @@ class ScoredFeed:
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                min_size=min(scoring.min_actors, stop - start), max_size=min(scoring.max_actors, stop - start)
+                min_size=min(scoring.min_actors, stop - start),
+                max_size=min(scoring.max_actors, stop - start),
+                # Calls of an actor that dies may come back in another order. Where scorers wait for weights,
+                # a later batch would then hold up the one that those weights wait for.
+                max_tasks_in_flight_per_actor=None if scoring.max_staleness is None else 1,
             ),
             num_cpus=scoring.cpus_per_actor,
             num_gpus=scoring.gpus_per_actor,
@@ -195,7 +199,8 @@ class Lead:
         trainer.follow_teacher()
         if trainer.gather.rank == 0 and policy.publishes(step, last=self._last):
             self._publish(step)
-        if self._asked is not None:
+        # The answer is for the meter alone, so no step waits for it; a board that is gone answers at once.
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
             in_flight = self._board.result(self._asked)
             trainer.meter.add_in_flight(in_flight * policy.local_rows)
         until = step + policy.steps_ahead(step)

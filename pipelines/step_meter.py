@@ -28,7 +28,10 @@ class StepMeter:
         self._published_s += seconds
 
     def add_scored(self, seconds: float, *, actors: int) -> None:
-        """Time a scorer spent on a batch, and the most scorers there can be."""
+        """Time a scorer spent on a batch, and the most scorers there can be.
+
+        It counts when the batch is taken, so that single steps may show more than there was time for.
+        """
         self._busy_s += seconds
         self._actors = actors
 

@@ -94,10 +94,6 @@ def test_lockstep_equals_sync_bit_for_bit(tmp_path: Path, small_prepared: str, s
     assert_equals_sync(*run_of(tmp_path, small_prepared, "lockstep", *LOCKSTEP), sync_run)
 
 
-@pytest.mark.skipif(
-    "CLIPFLEET_KILL_TESTS" not in os.environ,
-    reason="on a crowded machine Ray may take minutes to replace a killed actor; set CLIPFLEET_KILL_TESTS=1",
-)
 def test_a_killed_scorer_loses_nothing(
     tmp_path: Path, small_prepared: str, sync_run: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -139,7 +135,7 @@ def test_late_weights_are_counted_and_change_the_run(tmp_path: Path, small_prepa
     # Scores count from step 2 on, and every row of a step is as old as the others.
     assert len(shares) == 10
     assert set(shares) <= {0.0, 1.0}
-    assert all(0 < value <= 1 for value in diagnostic(lines, "scoring/utilisation"))
+    assert min(diagnostic(lines, "scoring/utilisation")) > 0
 
 
 def test_a_board_gives_what_was_published_last_and_lets_no_one_wait_for_ever(ray_session: None):

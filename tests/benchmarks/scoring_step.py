@@ -94,7 +94,7 @@ def main(rounds: int, method: str) -> None:
             f"{method} random": (f"method={method}", "scoring.mode=random"),
         }
         runners = {
-            name: _runner(load_config([], [*SETTINGS, *mode, f"prepared={folder}"]), 2 * rounds + 2, stack)
+            name: _runner(load_config([], [*SETTINGS, *mode, f"prepared={folder}"]), 3 * rounds + 30, stack)
             for name, mode in modes.items()
         }
         for number, runner in itertools.product(range(rounds + 2), runners.values()):
@@ -114,7 +114,8 @@ def _step_alone(runner: Runner, rounds: int) -> None:
         name: round(value, 2) for name, value in found.items() if "staleness" in name or "fallback" in name
     }
     Console(width=110).print(ages)
-    for _ in range(rounds):
+    # What was scored during the others' turns goes first.
+    for _ in range(runner.trainer.policy.steps_ahead(runner.trainer.step) + rounds):
         runner.step()
     waited, worked = sum(runner.waited_s[-rounds:]), sum(runner.wall_s[-rounds:])
     scorer = sum(runner.scorer_s[-rounds:]) / (waited + worked)
