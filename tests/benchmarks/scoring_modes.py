@@ -4,8 +4,8 @@ Run: `OMP_NUM_THREADS=1 python -m tests.benchmarks.scoring_modes OUTPUT [key=val
 `data.source=scenes:tokens train.steps=600` or `data.source=parquet:emoji.parquet data.image_size=64`.
 `seeds=5` and `method=attentive_2views` may be among the values. Every mode is trained with every seed, one
 run after the other; finished ones are kept, so the same command continues. Each model is read with all
-patches and with its own keep rule. Intervals are 95 % of a t distribution over seeds; seconds are of training,
-the start of scorers among them.
+patches and with its own keep rule. Intervals are 95 % of a t distribution over seeds; seconds are of
+training, the start of scorers among them.
 """
 
 from __future__ import annotations
