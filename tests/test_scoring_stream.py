@@ -94,6 +94,10 @@ def test_lockstep_equals_sync_bit_for_bit(tmp_path: Path, small_prepared: str, s
     assert_equals_sync(*run_of(tmp_path, small_prepared, "lockstep", *LOCKSTEP), sync_run)
 
 
+@pytest.mark.skipif(
+    "CLIPFLEET_KILL_TESTS" not in os.environ,
+    reason="on a crowded machine Ray may take minutes to replace a killed actor; set CLIPFLEET_KILL_TESTS=1",
+)
 def test_a_killed_scorer_loses_nothing(
     tmp_path: Path, small_prepared: str, sync_run: Any, monkeypatch: pytest.MonkeyPatch
 ):
