@@ -20,6 +20,10 @@ from pipelines import storage
 _STATE = "state.pt"
 _MANIFEST = "MANIFEST.json"
 _KEEP = 2
+# Version 1 did not say where in its data the run stood: its weights are good, but nothing can tell whether
+# a run that went on from it would see every row once.
+_VERSION = 2
+_READABLE = (1, 2)
 
 
 class CheckpointError(ValueError):
@@ -50,7 +54,7 @@ def save_checkpoint(
     storage.write_json(
         storage.join(place, _MANIFEST),
         {
-            "schema_version": 1,
+            "schema_version": _VERSION,
             "step": state["step"],
             "identity": identity,
             "sha256": {_STATE: digest},
@@ -66,24 +70,21 @@ def load_latest(folder: str, *, identity: str) -> dict[str, Any] | None:
     """The newest whole checkpoint below `folder`, or None.
 
     Raises:
-        CheckpointError: it was written by a run with another configuration.
+        CheckpointError: it was written by a run with another configuration, or by a version of this program
+            that did not keep the run's place in its data.
     """
     steps = _steps(folder)
     return load_checkpoint(storage.join(folder, steps[-1]), identity=identity) if steps else None
 
 
 def load_checkpoint(place: str, *, identity: str | None = None) -> dict[str, Any]:
-    """The state at one location.
+    """The state at one location; with an identity, to go on from it.
 
     Raises:
-        CheckpointError: no manifest, content that does not match it, or another configuration.
+        CheckpointError: no manifest, one of an unknown version, content that does not match it, another
+            configuration, or with an identity a version that does not know its place in the data.
     """
-    manifest = _read_manifest(place)
-    if identity is not None and manifest["identity"] != identity:
-        raise CheckpointError(
-            f"the checkpoint at '{place}' was written with another configuration; name another output or "
-            "delete it"
-        )
+    manifest = _read_manifest(place, identity=identity)
     data = storage.read_bytes(storage.join(place, _STATE))
     found = hashlib.sha256(data).hexdigest()
     if found != manifest["sha256"][_STATE]:
@@ -92,13 +93,13 @@ def load_checkpoint(place: str, *, identity: str | None = None) -> dict[str, Any
     return state
 
 
-def about_checkpoint(place: str) -> tuple[str, dict[str, Any]]:
+def about_checkpoint(place: str, *, identity: str | None = None) -> tuple[str, dict[str, Any]]:
     """The sha256 of the state at one location, and what its run said about it, without reading it.
 
     Raises:
-        CheckpointError: no manifest.
+        CheckpointError: as `load_checkpoint`, the content aside.
     """
-    manifest = _read_manifest(place)
+    manifest = _read_manifest(place, identity=identity)
     return str(manifest["sha256"][_STATE]), manifest.get("about", {})
 
 
@@ -139,11 +140,30 @@ def drop_checkpoints(folder: str) -> None:
         storage.delete_folder(folder)
 
 
-def _read_manifest(place: str) -> dict[str, Any]:
+def _read_manifest(place: str, *, identity: str | None = None) -> dict[str, Any]:
     uri = storage.join(place, _MANIFEST)
     if not storage.exists(uri):
         raise CheckpointError(f"no checkpoint at '{place}': {_MANIFEST} is absent")
     manifest: dict[str, Any] = storage.read_json(uri)
+    version = manifest["schema_version"]
+    if version not in _READABLE:
+        raise CheckpointError(
+            f"the checkpoint at '{place}': schema_version must be one of {_READABLE}, found {version}; use "
+            "the version of this program that wrote it"
+        )
+    if identity is None:
+        return manifest
+    if manifest["identity"] != identity:
+        raise CheckpointError(
+            f"the checkpoint at '{place}' was written with another configuration; name another output or "
+            "delete it"
+        )
+    if version != _VERSION:
+        raise CheckpointError(
+            f"the checkpoint at '{place}' (schema_version {version}) does not say where in its data the run "
+            "stood; finish the run with the version of this program that wrote it, or name another output "
+            f"and take its weights: train.start_from={place}"
+        )
     return manifest
 
 

@@ -82,7 +82,10 @@ class StepOrder:
     def cursor(self, step: int) -> Cursor:
         """Where in the stream of rows a step's batch begins."""
         epoch, left = divmod(step * self.batch_size, self.epoch_rows)
-        for number, rows in enumerate(_epoch(self, epoch).slice_rows):
+        visits = np.array(self.visits)
+        # From the order of the shards alone: the trainer need not know that of the rows.
+        for number, shards in enumerate(_slices(self, np.random.default_rng([self.seed, epoch]))):
+            rows = int(visits[shards].sum())
             if left < rows:
                 return Cursor(epoch, number, left)
             left -= rows
@@ -102,7 +105,7 @@ class StepOrder:
         places = step * self.batch_size + np.arange(self.batch_size)
         epochs, within = np.divmod(places, self.epoch_rows)
         rows = np.concatenate(
-            [_epoch(self, int(epoch)).rows[within[epochs == epoch]] for epoch in np.unique(epochs)]
+            [_epoch(self, int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
         )
         by_place = np.argsort(rows, kind="stable")
         local = self.batch_size // world
@@ -110,41 +113,40 @@ class StepOrder:
         return rows[part], epochs[part]
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    rows: NDArray[np.int64]
-    slice_rows: tuple[int, ...]
-
-
 # The last epochs asked for: a batch can need two, and two data sets may be in use at once.
-_CACHE: OrderedDict[tuple[StepOrder, int], _Epoch] = OrderedDict()
+_CACHE: OrderedDict[tuple[StepOrder, int], NDArray[np.int64]] = OrderedDict()
 _CACHED_EPOCHS = 4
 
 
-def _epoch(order: StepOrder, epoch: int) -> _Epoch:
+def _epoch(order: StepOrder, epoch: int) -> NDArray[np.int64]:
+    """The rows of an epoch in the order they are visited."""
     key = (order, epoch)
     if key not in _CACHE:
         found = _permuted(order, epoch)
         end_of_last = epoch * order.epoch_rows % order.batch_size
         if end_of_last and order.epoch_rows >= _BATCHES_TO_MOVE_ROWS * order.batch_size:
-            before = _permuted(order, epoch - 1).rows[-end_of_last:]
-            _keep_apart(found.rows, before, order.batch_size - end_of_last)
+            before = _permuted(order, epoch - 1)[-end_of_last:]
+            _keep_apart(found, before, order.batch_size - end_of_last)
         _CACHE[key] = found
         while len(_CACHE) > _CACHED_EPOCHS:
             _CACHE.popitem(last=False)
     return _CACHE[key]
 
 
-def _permuted(order: StepOrder, epoch: int) -> _Epoch:
+def _slices(order: StepOrder, generator: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Numbers of the shards in each slice of an epoch; the first thing its generator draws."""
+    shards = generator.permutation(len(order.shard_rows))
+    return [shards[first : first + SHARDS_PER_SLICE] for first in range(0, len(shards), SHARDS_PER_SLICE)]
+
+
+def _permuted(order: StepOrder, epoch: int) -> NDArray[np.int64]:
     generator = np.random.default_rng([order.seed, epoch])
     starts = np.concatenate([[0], np.cumsum(order.shard_rows)])
-    shards = generator.permutation(len(order.shard_rows))
     slices = []
-    for first in range(0, len(shards), SHARDS_PER_SLICE):
-        chosen = shards[first : first + SHARDS_PER_SLICE]
+    for chosen in _slices(order, generator):
         rows = np.concatenate([_visited(starts[s], order, int(s), generator) for s in chosen])
         slices.append(generator.permutation(rows))
-    return _Epoch(np.concatenate(slices).astype(np.int64), tuple(len(part) for part in slices))
+    return np.concatenate(slices).astype(np.int64)
 
 
 def _visited(start: int, order: StepOrder, shard: int, generator: np.random.Generator) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from models.outputs import PairBatch
 from pipelines.checkpoint import drop_checkpoints, load_latest, save_checkpoint
 from pipelines.collate import BatchSettings
 from pipelines.config import Config
+from pipelines.data_position import check_position, data_position
 from pipelines.evaluate import publish_evaluation, selection_value
 from pipelines.feed import Feed, MemoryFeed, load_rows, streams, train_order
 from pipelines.fine_tuning import describe_run, start_trainer, write_start
@@ -129,6 +130,7 @@ class _Run:
         )
         state = load_latest(self.job.checkpoints, identity=self.identity)
         if state is not None:
+            check_position(state["position"], self.order, self.prepared, where=self.job.checkpoints)
             self.trainer.load_state_dict(state["trainer"])
             self.seconds_before = float(state["seconds"])
             self.selection = state["selection"]
@@ -249,13 +251,15 @@ class _Run:
             return
         # The log first: a resume from this checkpoint must find every line before it.
         self.record.flush()
+        position = data_position(self.order, self.prepared, step=self.trainer.step)
         state = {
             "step": self.trainer.step,
+            "position": position,
             "trainer": self.trainer.state_dict(),
             "seconds": self.seconds,
             "selection": self.selection,
         }
-        about = describe_run(self.config, self.prepared)
+        about = {**describe_run(self.config, self.prepared), "position": position}
         save_checkpoint(self.job.checkpoints, state, identity=self.identity, about=about)
 
     def _report(self, step: int) -> None:

@@ -81,10 +81,12 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
 
     Raises:
         AlreadyExistsError: the run there is finished.
-        ValueError: what it is to start from is not there or does not fit.
+        ValueError: what it is to start from is not there or does not fit, or an interrupted run there has
+            another configuration or other data.
         RunFailedError: it ended as failed.
     """
     from pipelines.check_data import check_data
+    from pipelines.data_position import check_resume
     from pipelines.fine_tuning import check_start, start_summary
     from pipelines.launch import RunFailedError, run_here, run_in_train
     from pipelines.plan import pretrain_plan
@@ -113,6 +115,7 @@ def pretrain_stage(config: Config, console: Console, *, local: bool, dry_run: bo
         tree=config.tree(),
         params={},
     )
+    check_resume(job)
     job.write()
     console.print(f"training {run_id}", highlight=False)
     try:
