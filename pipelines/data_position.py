@@ -64,8 +64,8 @@ def check_position(before: Mapping[str, Any], order: StepOrder, prepared: Prepar
         raise CheckpointError(
             f"the run in '{where}' stands at epoch {before['epoch']}, slice {before['slice']}, offset "
             f"{before['offset']} of its data and must go on in the same order of rows, or an epoch would "
-            f"hold some twice and others never; '{prepared.uri}' has another: {', '.join(changed)}. Bring back "
-            "the data and settings it was started with, or name another output for a new run"
+            f"hold some twice and others never; '{prepared.uri}' has another: {', '.join(changed)}. Bring "
+            "back the data and settings it was started with, or name another output for a new run"
         )
 
 
