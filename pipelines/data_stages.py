@@ -15,6 +15,7 @@ from pipelines.contact_sheet import SheetRow, contact_sheet
 from pipelines.data_check import DataReport, check_source
 from pipelines.prepare_once import ensure_prepared, prepared_place
 from pipelines.prepared import Prepared, image_array, read_manifest
+from pipelines.sources.open_source import open_source
 
 _QUANTILES = (0.0, 0.5, 0.95, 1.0)
 _MOST_LABELS = 12
@@ -148,10 +149,10 @@ def _kept_patches(run: str, prepared: Prepared, images: Any) -> list[Any]:
 def _prepared(config: Config) -> str:
     from pipelines.cluster import connect
 
-    place = prepared_place(config)
-    if read_manifest(place) is None:
+    source = open_source(config.data)
+    if read_manifest(prepared_place(config, source)) is None:
         connect(address=config.ray_address)
-    return ensure_prepared(config)
+    return ensure_prepared(config, source=source)
 
 
 def _numbers(values: list[int]) -> str:

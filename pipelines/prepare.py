@@ -47,12 +47,19 @@ class PrepareSettings(SourceSettings, Protocol):
 
 
 def prepare(
-    config: PrepareSettings, output_uri: str, *, on_progress: Progress | None = None
+    config: PrepareSettings,
+    output_uri: str,
+    *,
+    source: PairSource | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Prepare the data a config names, at a location without a manifest.
 
     Pieces that a run of the same settings finished before it died are not written again. Every input row
     ends in a shard or in `quarantine.parquet`, with its reason.
+
+    Args:
+        source: what the config opens, where the caller has it already.
 
     Returns:
         The manifest, which is also written last as `manifest.json`.
@@ -65,7 +72,7 @@ def prepare(
     refuse_existing(join(output_uri, MANIFEST))
     report_progress = on_progress or (lambda stage, done, total: None)
     tokenizer = _given_tokenizer(config)
-    source = open_source(config)
+    source = source or open_source(config)
     pieces = source.pieces()
     survey = survey_texts(source, pieces=pieces, on_progress=report_progress)
     _check_train_rows(survey.num_train, where=config.source)

@@ -24,27 +24,29 @@ def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
     A run with scoring.mode=offline takes what `score` wrote instead.
     """
     from pipelines.cluster import connect
-    from pipelines.prepare_once import ensure_prepared, prepared_place, source_notes
+    from pipelines.prepare_once import ensure_prepared, prepared_place
     from pipelines.prepared import read_manifest
+    from pipelines.sources.open_source import open_source
     from pipelines.stages_score import scored_place
 
     if config.scoring.mode == "offline":
         place = scored_place(config)
         console.print(f"data: {config.data.source}, with scores -> {place}", highlight=False, soft_wrap=True)
         return place
-    place = prepared_place(config)
+    source = open_source(config.data)
+    place = prepared_place(config, source)
     exists = read_manifest(place) is not None
     console.print(
         f"data: {config.data.source} -> {place}{' (there already)' if exists else ''}",
         highlight=False,
         soft_wrap=True,
     )
-    if notes := source_notes(config):
-        console.print(f"  {'; '.join(notes)}", highlight=False)
+    if source.notes:
+        console.print(f"  {'; '.join(source.notes)}", highlight=False)
     if dry_run:
         return place
     connect(address=config.ray_address)
-    ensure_prepared(config, on_progress=StageProgress(console))
+    ensure_prepared(config, source=source, on_progress=StageProgress(console))
     manifest = Prepared.open(place).manifest
     rows = ", ".join(f"{split} {found['rows']:,}" for split, found in manifest["splits"].items())
     console.print(f"rows: {rows}; vocabulary {manifest['vocab_size']:,}", highlight=False)
