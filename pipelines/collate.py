@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from models.outputs import NUM_TAGS, PairBatch
+from models.outputs import PairBatch
 from pipelines.keyed_random import Epochs, Purpose, keyed_hash, keyed_uniform, text_key
+from pipelines.pair_rows import PairRows, TakenRows, Texts
 
 # Aspect ratios of random crops, as everywhere in the field.
 _ASPECT = (3 / 4, 4 / 3)
@@ -42,50 +42,17 @@ class BatchSettings:
     sentences_per_text: int = 1
 
 
-class PairRows:
-    """Prepared rows in memory: pixels as one array, texts as token lists, labels as hashed bags."""
-
-    def __init__(
-        self, table: pa.Table, image_size: int, *, positions: NDArray[np.int64] | None = None
-    ) -> None:
-        """Take over a table in schemas.PREPARED or SCORED.
-
-        Args:
-            positions: of the rows in their split, int64; None when the table is the whole split.
-        """
-        table = table.combine_chunks()
-        flat = np.frombuffer(b"".join(table["image"].to_pylist()), dtype=np.uint8)
-        self.images = flat.reshape(len(table), image_size, image_size, 3)
-        self.captions: list[list[list[int]]] = table["caption_tokens"].to_pylist()
-        self.sentences: list[list[list[int]]] = table["sentence_tokens"].to_pylist()
-        row_ids = table["row_id"].to_pylist()
-        self.row_keys = np.array([text_key(row_id) for row_id in row_ids], np.int64)
-        # A row of unknown group is a group of its own.
-        groups = zip(table["group_id"].to_pylist(), row_ids, strict=True)
-        self.group_keys = np.array([text_key(group or f"row:{row_id}") for group, row_id in groups], np.int64)
-        self.positions = np.arange(len(table), dtype=np.int64) if positions is None else positions
-        self.token_scores: NDArray[np.float32] | None = None
-        if "token_scores" in table.column_names:
-            scores = table["token_scores"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            self.token_scores = scores.reshape(len(table), -1)
-        # The class of a row without labels is what it shows.
-        labels = zip(table["labels"].to_pylist(), table["class_name"].to_pylist(), strict=True)
-        self.tags = _hashed_bags([listed or ([name] if name else []) for listed, name in labels])
-
-    def __len__(self) -> int:
-        return len(self.row_keys)
-
-
 def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *, epoch: Epochs) -> PairBatch:
     """A batch of the rows at `index`; the same for the same (seed, epoch, row id) wherever it runs.
 
     Args:
         epoch: of all rows, or of each, int64 [B].
     """
-    keys = rows.row_keys[index]
-    texts = _choose_texts(rows, index, keys, settings, epoch)
+    taken = rows.take(index)
+    keys, side = taken.row_keys, rows.image_size
+    texts = _choose_texts(taken, settings, epoch)
     token_ids, is_real, is_text = _pad(texts, num_texts=settings.num_texts)
-    boxes = _view_boxes(keys, settings, epoch, side=rows.images.shape[1])
+    boxes = _view_boxes(keys, settings, epoch, side=side)
     noise = [
         keyed_uniform(
             keys,
@@ -98,58 +65,52 @@ def collate(rows: PairRows, index: NDArray[np.int64], settings: BatchSettings, *
         for view in range(settings.num_views)
     ]
     return PairBatch(
-        images=torch.from_numpy(rows.images[index]),
+        images=torch.from_numpy(taken.images),
         view_boxes=torch.from_numpy(boxes),
-        teacher_boxes=torch.from_numpy(
-            _teacher_boxes(boxes, keys, settings, epoch, side=rows.images.shape[1])
-        ),
+        teacher_boxes=torch.from_numpy(_teacher_boxes(boxes, keys, settings, epoch, side=side)),
         token_ids=token_ids,
         is_real_token=is_real,
         is_text=is_text,
         selection_noise=torch.from_numpy(np.stack(noise).astype(np.float32)),
         row_keys=torch.from_numpy(keys),
-        group_keys=torch.from_numpy(rows.group_keys[index]),
+        group_keys=torch.from_numpy(taken.group_keys),
         text_keys=torch.tensor([text_key(str(first)) for first, *_ in texts]),
         draw_keys=torch.from_numpy(keyed_hash(keys, seed=settings.seed, epoch=epoch, purpose=Purpose.MODEL)),
-        row_index=torch.from_numpy(rows.positions[index]),
-        tags=torch.from_numpy(rows.tags[index].astype(np.float32)),
-        whole_scores=None if rows.token_scores is None else torch.from_numpy(rows.token_scores[index]),
+        row_index=torch.from_numpy(taken.positions),
+        tags=torch.from_numpy(taken.tags.astype(np.float32)),
+        whole_scores=None if taken.token_scores is None else torch.from_numpy(taken.token_scores),
     )
 
 
-def first_texts(
-    rows: PairRows, index: NDArray[np.int64], settings: BatchSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
+def first_texts(taken: TakenRows, settings: BatchSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """The first text of each row, nothing drawn: token ids [B, T] and what is real [B, T]."""
     texts = []
-    for row in index.tolist():
-        if settings.text == "sentence" and rows.sentences[row]:
-            sentences = rows.sentences[row][: settings.sentences_per_text]
-            texts.append(_join(sentences, settings.sentences_per_text, max_tokens=settings.max_tokens))
+    for captions, sentences in zip(taken.captions, taken.sentences, strict=True):
+        if settings.text == "sentence" and sentences:
+            first = sentences[: settings.sentences_per_text]
+            texts.append(_join(first, settings.sentences_per_text, max_tokens=settings.max_tokens))
         else:
-            texts.append(rows.captions[row][:1])
+            texts.append(captions[:1])
     token_ids, is_real, _ = _pad(texts, num_texts=1)
     return token_ids[0], is_real[0]
 
 
-def _choose_texts(
-    rows: PairRows, index: NDArray[np.int64], keys: NDArray[np.int64], settings: BatchSettings, epoch: Epochs
-) -> list[list[list[int]]]:
+def _choose_texts(taken: TakenRows, settings: BatchSettings, epoch: Epochs) -> list[Texts]:
     """Between one and `num_texts` texts of each row, as token lists."""
     draws = keyed_uniform(
-        keys,
+        taken.row_keys,
         seed=settings.seed,
         epoch=epoch,
         purpose=Purpose.TEXT,
         count=settings.num_texts * settings.sentences_per_text,
     )
     chosen = []
-    for row, row_draws in zip(index.tolist(), draws.tolist(), strict=True):
-        if settings.text == "sentence" and rows.sentences[row]:
-            sentences = _sample(rows.sentences[row], row_draws)
-            chosen.append(_join(sentences, settings.sentences_per_text, max_tokens=settings.max_tokens))
+    for captions, sentences, row_draws in zip(taken.captions, taken.sentences, draws.tolist(), strict=True):
+        if settings.text == "sentence" and sentences:
+            sampled = _sample(sentences, row_draws)
+            chosen.append(_join(sampled, settings.sentences_per_text, max_tokens=settings.max_tokens))
         else:
-            chosen.append(_sample(rows.captions[row], row_draws[: settings.num_texts]))
+            chosen.append(_sample(captions, row_draws[: settings.num_texts]))
     return chosen
 
 
@@ -189,14 +150,6 @@ def _pad(texts: list[list[list[int]]], *, num_texts: int) -> tuple[torch.Tensor,
     token_ids[is_real] = [token for pairs in by_text for tokens in pairs for token in tokens]
     is_text = np.arange(num_texts)[:, None] < counts[None, :]
     return torch.from_numpy(token_ids), torch.from_numpy(is_real), torch.from_numpy(is_text)
-
-
-def _hashed_bags(labels: list[list[str]]) -> NDArray[np.bool_]:
-    """Each row's labels as a bag of hashes, [rows, NUM_TAGS]; labels that share a hash count as one."""
-    bags = np.zeros((len(labels), NUM_TAGS), np.bool_)
-    for row, names in enumerate(labels):
-        bags[row, [text_key(name) % NUM_TAGS for name in names]] = True
-    return bags
 
 
 def _view_boxes(

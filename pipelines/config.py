@@ -147,7 +147,8 @@ class TrainConfig(Settings):
     num_workers: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_worker: float = Field(1.0, gt=0)
-    # "memory" holds the prepared images in each worker; "stream" reads shards through Ray Data.
+    # "memory" maps local shards into each worker (from an object store: fetches and holds them); "stream"
+    # reads shards through Ray Data; "auto" streams more than 2 GiB of pixels from an object store.
     feed: Literal["auto", "memory", "stream"] = "auto"
     # Methods with prototypes: actors that embed the training split between epochs when the feed streams,
     # and the share of a GPU each takes beside the workers'. They take no CPU, for the workers wait; at a

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from models.encoder import Encoder
 from models.gather import Gather, ProcessGroupGather
-from pipelines.collate import BatchSettings, PairRows, first_texts
+from pipelines.collate import BatchSettings, first_texts
 from pipelines.feed import load_rows
+from pipelines.pair_rows import PairRows
 from pipelines.prepared import Prepared
 from pipelines.train_step import autocast
 
@@ -59,9 +60,9 @@ def embed_pairs(
     device = next(encoder.parameters()).device
     found = []
     for first in range(0, len(index), ROWS_PER_BATCH):
-        part = index[first : first + ROWS_PER_BATCH]
-        pixels = torch.from_numpy(rows.images[part]).to(device).permute(0, 3, 1, 2).float()
-        ids, is_real = (texts.to(device) for texts in first_texts(rows, part, settings.batch))
+        taken = rows.take(index[first : first + ROWS_PER_BATCH])
+        pixels = torch.from_numpy(taken.images).to(device).permute(0, 3, 1, 2).float()
+        ids, is_real = (texts.to(device) for texts in first_texts(taken, settings.batch))
         with autocast(device, settings.precision):
             images = encoder.embed_images(pixels)[0]
             texts = encoder.embed_texts(ids, is_real)[0]

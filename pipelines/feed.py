@@ -1,7 +1,7 @@
 """Batches for one worker, by step, from prepared data.
 
-Two feeds give the same batches bit for bit: `MemoryFeed` holds a split's pixels in the worker,
-`StreamFeed` (pipelines/stream_feed.py) lets Ray Data tasks read shards and build the batches.
+Two feeds give the same batches bit for bit: `MemoryFeed` takes them from a split that is mapped into the
+worker's memory, `StreamFeed` (pipelines/stream_feed.py) lets Ray Data tasks read shards and build them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from functools import lru_cache
 from typing import Protocol
 
 from models.outputs import PairBatch
-from pipelines.collate import BatchSettings, PairRows, collate
+from pipelines.collate import BatchSettings, collate
 from pipelines.order import StepOrder
+from pipelines.pair_rows import PairRows
 from pipelines.prepared import Prepared
+from pipelines.storage import is_local
 
-# Above this many bytes of pixels a worker streams instead of holding the split.
+# Above this many bytes of pixels a worker streams what it would have to fetch and hold. Local shards are
+# mapped, whatever their size: the page cache holds what fits, once for all workers of a machine.
 MEMORY_LIMIT_BYTES = 2 << 30
 
 
@@ -44,7 +47,7 @@ class MemoryFeed:
 
 @lru_cache(maxsize=2)
 def load_rows(prepared_uri: str, split: str) -> PairRows:
-    """A split as arrays; kept, because the trials of a sweep share a process and the data."""
+    """A view on a whole split; kept, because the trials of a sweep share a process and the data."""
     prepared = Prepared.open(prepared_uri)
     return PairRows(prepared.table(split), prepared.image_size)
 
@@ -65,4 +68,6 @@ def streams(kind: str, prepared: Prepared) -> bool:
     """Whether a feed setting (`auto`, `memory`, `stream`) means streaming for this data."""
     if kind != "auto":
         return kind == "stream"
+    if is_local(prepared.uri):
+        return False
     return prepared.num_rows("train") * prepared.image_size**2 * 3 > MEMORY_LIMIT_BYTES

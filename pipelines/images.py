@@ -1,4 +1,8 @@
-"""Encoded image bytes -> a square of RGB pixels, and where boxes end up on it."""
+"""Encoded image bytes -> a square of RGB pixels, and where boxes end up on it.
+
+Pillow says what a file is and whether it is whole; JPEG files are decoded by simplejpeg where it is installed
+(the extra `fast`), which gives the same pixels in two thirds of the time.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
 # Above this a small file can ask for gigabytes; Pillow itself starts to warn here.
 MAX_PIXELS = 89_478_485
+
+# A film of many times the size that is kept is decoded at a half, a quarter or an eighth, which JPEG offers
+# for little more than reading it; the resampling still starts from at least twice the pixels it gives.
+_LEAST_REDUCTION = 2
+_LARGEST_DRAFT = 8
+
+# EXIF: how the camera was held, and the value for upright.
+_ORIENTATION, _UPRIGHT = 0x0112, 1
 
 # What Pillow's readers raise on damaged files.
 _DAMAGE = (
@@ -47,34 +64,42 @@ class SquareImage:
     height: int
     left: float
     top: float
-    side: int
+    side: float
 
 
 def decode_square(data: bytes, *, size: int) -> SquareImage:
     """Decode wholly, turn upright, convert to RGB, cut the centre square, resize (bicubic, antialiased).
 
-    Cutting before resizing gives the same pixels as resizing the short side first, without ever holding
-    a strip of 1 x 10,000 pixels enlarged. Transparent pixels become white; 16-bit grey is divided by 257.
+    Cutting before resizing never holds a strip of 1 x 10,000 pixels enlarged. Transparent pixels become
+    white; 16-bit grey is divided by 257.
 
     Raises:
         RejectedRowError: reason missing_image, undecodable_image, image_too_large or unsupported_image_mode.
     """
     if not data:
         raise RejectedRowError("missing_image", "no image bytes")
-    image = _open_upright(data)
-    try:
-        image = _to_rgb(image)
-    except ValueError as error:
-        raise RejectedRowError("unsupported_image_mode", f"{image.mode}: {error}") from error
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    if image.size != (size, size):
-        square = image.resize(
-            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-        )
-    else:
-        square = image
-    return SquareImage(np.asarray(square), image.width, image.height, left, top, side)
+    pixels, (width, height) = _decode(data, size=size)
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    square = resize_square(pixels[top : top + side, left : left + side], size=size)
+    # Of a JPEG decoded at a fraction, measures are those of the whole image.
+    scale = min(width, height) / side
+    return SquareImage(square, width, height, left * scale, top * scale, side * scale)
+
+
+def resize_square(pixels: np.ndarray, *, size: int) -> np.ndarray:
+    """uint8 [N, N, 3] -> [size, size, 3], bicubic with antialiasing.
+
+    Equal to Pillow's bicubic within one grey level (two where noise is enlarged), in a third of its time.
+    """
+    if pixels.shape[0] == size:
+        return np.ascontiguousarray(pixels)
+    # Rows that need no resizing are read without it, and importing it takes longer than reading some hundred.
+    import torch
+
+    planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
 def crop_boxes(boxes: Sequence[dict[str, Any]], *, image: SquareImage) -> list[dict[str, Any]]:
@@ -98,18 +123,23 @@ def crop_boxes(boxes: Sequence[dict[str, Any]], *, image: SquareImage) -> list[d
     return moved
 
 
-def _open_upright(data: bytes) -> Image.Image:
+def _decode(data: bytes, *, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Upright RGB pixels, [H, W, 3], and width and height of the image at its full resolution."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise RejectedRowError(
-                    "image_too_large", f"{image.width} x {image.height} pixels, over {MAX_PIXELS}"
-                )
+            full = image.size
+            if full[0] * full[1] > MAX_PIXELS:
+                raise RejectedRowError("image_too_large", f"{full[0]} x {full[1]} pixels, over {MAX_PIXELS}")
+            reduction = _reduction(image, size=size)
+            if reduction > 1:
+                image.draft(image.mode, (full[0] // reduction, full[1] // reduction))
+            elif (pixels := _quick_jpeg(data, image)) is not None:
+                return pixels, full
             image.load()
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise RejectedRowError("image_too_large", str(error)) from error
     except UnidentifiedImageError as error:
@@ -117,6 +147,33 @@ def _open_upright(data: bytes) -> Image.Image:
         raise RejectedRowError("undecodable_image", "not in an image format Pillow knows") from error
     except _DAMAGE as error:
         raise RejectedRowError("undecodable_image", f"{type(error).__name__}: {error}") from error
+    try:
+        rgb = _to_rgb(upright)
+    except ValueError as error:
+        raise RejectedRowError("unsupported_image_mode", f"{upright.mode}: {error}") from error
+    is_turned = upright.size != image.size
+    return np.asarray(rgb), full[::-1] if is_turned else full
+
+
+def _reduction(image: Image.Image, *, size: int) -> int:
+    """By how much a JPEG file may be reduced while it is decoded; 1 for other formats."""
+    if image.format != "JPEG":
+        return 1
+    most = min(image.size) // (_LEAST_REDUCTION * size)
+    return min(_LARGEST_DRAFT, 1 << (most.bit_length() - 1)) if most else 1
+
+
+def _quick_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """RGB pixels of a plain upright JPEG file; None leaves it to Pillow, whose verdict on damage counts."""
+    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    if image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT:
+        return None
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    except ValueError:
+        return None
+    return pixels
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

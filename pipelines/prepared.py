@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.schemas import PREPARED, SCORED, SCORES_VERSION, UNKNOWN_LABELS, check_schema
-from pipelines.storage import exists, join, read_bytes, read_json, read_table
+from pipelines.shard_file import read_shard
+from pipelines.storage import exists, join, read_bytes, read_json
 from pipelines.tokenizer import TextTokenizer
 
 MANIFEST: Final = "manifest.json"
-MANIFEST_VERSION: Final = 1
+# Version 2: shards are Arrow files; squares are cut before they are resized.
+MANIFEST_VERSION: Final = 2
 
 
 def read_manifest(uri: str) -> dict[str, Any] | None:
@@ -115,15 +117,13 @@ class Prepared:
     def _shard(self, shard: dict[str, Any], *, schema: pa.Schema, extra: Sequence[pa.Field] = ()) -> pa.Table:
         """A shard in `schema`, with those extra columns that it has."""
         place = join(self.uri, shard["path"])
-        # A column that is not there must not be asked for.
-        table = read_table(place, columns=None if extra else schema.names)
+        table = read_shard(place, columns=[*schema.names, *(field.name for field in extra)])
         for field in extra:
             schema = schema.append(field) if field.name in table.column_names else schema
         check_schema(table.schema, schema, where=place)
         if len(table) != shard["rows"]:
             raise ValueError(f"'{place}': the manifest says {shard['rows']} rows, found {len(table)}")
-        # Parquet does not keep "never null" in lists; the cast restores the declared schema.
-        return table.select(schema.names).cast(schema)
+        return table.select(schema.names)
 
 
 def image_array(column: pa.ChunkedArray, *, size: int) -> np.ndarray:

@@ -22,14 +22,13 @@ from models.token_scores import grid_side
 from pipelines.prepared import MANIFEST, Prepared, image_array
 from pipelines.schemas import PREPARED, SCORED, SCORES_VERSION, check_schema
 from pipelines.scoring import ScoringConfig
-from pipelines.shards import parquet_bytes
+from pipelines.shard_file import read_shard, shard_bytes
 from pipelines.storage import (
     exists,
     join,
     publish_json,
     read_bytes,
     read_json,
-    read_table,
     refuse_existing,
     write_bytes,
     write_json,
@@ -163,13 +162,13 @@ class _ShardScorer:
             data = read_bytes(target)
         else:
             place = join(self._prepared.uri, path)
-            table = read_table(place)
+            table = read_shard(place)
             check_schema(table.schema, PREPARED, where=place)
             if len(table) != num_rows:
                 raise ValueError(f"'{place}': the manifest says {num_rows} rows, found {len(table)}")
             images = image_array(table["image"], size=self._prepared.image_size)
             scores = image_scores(self._scorer, images, precision=self._precision)
-            data = parquet_bytes(with_scores(table, scores))
+            data = shard_bytes(with_scores(table, scores))
             write_bytes(target, data)
         return hashlib.sha256(data).hexdigest()
 

@@ -24,6 +24,7 @@ from pipelines.stream_feed import StreamFeed
 from pipelines.token_choice import select_views
 from pipelines.train_step import Trainer, autocast
 from pipelines.weight_board import Board, ScoringError, as_arrays, open_board
+from pipelines.wire import unpack
 
 # No more is asked of the executor than that a batch leaves the stage when it is ready.
 _ONE_BATCH_PER_BLOCK = 1
@@ -81,8 +82,7 @@ class ScoredFeed:
             for table in rows:
                 for step, batch, scored in zip(*(table[name] for name in _COLUMNS), strict=True):
                     assert step.as_py() == expected, f"batch {step} came where {expected} was due"
-                    found: PairBatch = pickle.loads(batch.as_buffer())
-                    yield replace(found, scored=pickle.loads(scored.as_buffer()))
+                    yield replace(unpack(batch), scored=pickle.loads(scored.as_buffer()))
                     expected += 1
         except ray.exceptions.RayError as error:
             raise ScoringError(
@@ -138,9 +138,9 @@ class _ScoringActor:
         ]
         return table.append_column("scored", pa.array(scored, pa.binary()))
 
-    def _score(self, step: int, pickled: pa.BinaryScalar) -> ScoredTokens:
+    def _score(self, step: int, packed: pa.LargeBinaryScalar) -> ScoredTokens:
         policy = self._settings.policy
-        batch: PairBatch = pickle.loads(pickled.as_buffer())
+        batch = unpack(packed)
         if not policy.needs_scorer(step):
             return ScoredTokens(ema_version=torch.full((len(batch.images),), -1))
         self._refresh(policy.oldest_version(step))

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.images import RejectedRowError, crop_boxes, decode_square
 from pipelines.schemas import PREPARED, SPLITS, UNKNOWN_LABELS
+from pipelines.shard_file import SUFFIX, shard_bytes
 from pipelines.storage import join, write_bytes
 from pipelines.tokenizer import TextTokenizer
 
@@ -91,11 +91,11 @@ class ShardWriter:
 
     def _flush(self, split: str) -> None:
         rows, self._waiting[split] = self._waiting[split], []
-        path = f"shards/{split}-{self._next_shard[split]:05d}.parquet"
+        path = f"shards/{split}-{self._next_shard[split]:05d}{SUFFIX}"
         self._next_shard[split] += 1
         leaves_open = any(UNKNOWN_LABELS.name in row for row in rows)
         schema = PREPARED.append(UNKNOWN_LABELS) if leaves_open else PREPARED
-        data = parquet_bytes(pa.Table.from_pylist(rows, schema=schema))
+        data = shard_bytes(pa.Table.from_pylist(rows, schema=schema))
         # A task that is run again after its worker died writes the same bytes to the same place.
         write_bytes(join(self._settings.output_uri, path), data)
         sha = hashlib.sha256(data).hexdigest()
@@ -153,11 +153,3 @@ def _add_tokens(rows: list[dict[str, Any]], *, tokenizer: TextTokenizer) -> None
         encoded = iter(tokenizer.encode([text for row in rows for text in row[texts]]))
         for row in rows:
             row[tokens] = [next(encoded) for _ in row[texts]]
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A shard as a Parquet file."""
-    sink = pa.BufferOutputStream()
-    # Pixels do not repeat: a dictionary of them and their minima would only cost.
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
-    return bytes(sink.getvalue().to_pybytes())

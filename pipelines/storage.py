@@ -73,6 +73,11 @@ def _s3(bucket: str, query: str) -> pafs.S3FileSystem:
     )
 
 
+def is_local(uri: str) -> bool:
+    """Whether files below `uri` lie on this machine or are mounted on it, so that they can be mapped."""
+    return isinstance(filesystem(uri)[0], pafs.LocalFileSystem)
+
+
 def absolute(uri: str) -> str:
     """The same location for any process on this machine; a URI stays as it is.
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.encoder import Encoder
-from pipelines.collate import PairRows
 from pipelines.embed_split import ROWS_PER_BATCH, EmbedSettings, embed_pairs
+from pipelines.pair_rows import PairRows
 from pipelines.prepared import Prepared
 
 # Shards that are read at the same time.

@@ -6,7 +6,6 @@ the parts of different workers come from different shards and little is read twi
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +17,11 @@ import ray
 from numpy.typing import NDArray
 
 from models.outputs import PairBatch
-from pipelines.collate import BatchSettings, PairRows, collate
+from pipelines.collate import BatchSettings, collate
 from pipelines.order import StepOrder
+from pipelines.pair_rows import PairRows
 from pipelines.prepared import Prepared
+from pipelines.wire import pack, unpack
 
 # Steps one task builds: enough to pay for reading its shards, few enough to start early.
 _STEPS_PER_TASK = 8
@@ -52,11 +53,11 @@ class StreamFeed:
 
     def batches(self, start: int, stop: int) -> Iterator[PairBatch]:
         if start < stop:
-            for row in self.dataset(start, stop).iter_rows():
-                yield pickle.loads(row["batch"])
+            for table in self.dataset(start, stop).iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield from map(unpack, table["batch"])
 
     def dataset(self, start: int, stop: int) -> ray.data.Dataset:
-        """One row per step, in order: its number and the pickled batch. There must be a step."""
+        """One row per step, in order: its number and the packed batch. There must be a step."""
         spans = [
             {"first": first, "last": min(first + _STEPS_PER_TASK, stop)}
             for first in range(start, stop, _STEPS_PER_TASK)
@@ -74,7 +75,7 @@ class StreamFeed:
         return dataset
 
 
-def _build_batches(span: dict[str, NDArray[Any]], feed: StreamFeed) -> Iterator[dict[str, list[Any]]]:
+def _build_batches(span: dict[str, NDArray[Any]], feed: StreamFeed) -> Iterator[pa.Table]:
     """Ray Data task: the worker's batches of a span of steps, one row each."""
     for first, last in zip(span["first"].tolist(), span["last"].tolist(), strict=True):
         for step in range(first, last):
@@ -83,22 +84,21 @@ def _build_batches(span: dict[str, NDArray[Any]], feed: StreamFeed) -> Iterator[
             index, epochs = feed.order.batch(step, rank=feed.rank, world=feed.world)
             rows, local = _read_rows(feed.prepared_uri, feed.order.shard_rows, index)
             batch = collate(rows, local, feed.settings, epoch=epochs)
-            yield {"step": [step], "batch": [pickle.dumps(batch, protocol=5)]}
+            yield pa.table({"step": pa.array([step]), "batch": pack(batch)})
 
 
 def _read_rows(
     prepared_uri: str, shard_rows: tuple[int, ...], index: NDArray[np.int64]
 ) -> tuple[PairRows, NDArray[np.int64]]:
-    """Only the rows at `index` (sorted), and their positions in what is returned."""
+    """The shards that hold the rows at `index`, and where in them those rows are."""
     starts = np.concatenate([[0], np.cumsum(shard_rows)])
     shard_of = np.searchsorted(starts, index, side="right") - 1
-    parts = [
-        _shard(prepared_uri, int(shard)).take(pa.array(index[shard_of == shard] - starts[shard]))
-        for shard in np.unique(shard_of)
-    ]
-    table = pa.concat_tables(parts)
-    rows = PairRows(table, Prepared.open(prepared_uri).image_size, positions=index)
-    return rows, np.arange(len(index))
+    shards = np.unique(shard_of)
+    firsts = np.concatenate([[0], np.cumsum([shard_rows[shard] for shard in shards])])
+    table = pa.concat_tables([_shard(prepared_uri, int(shard)) for shard in shards])
+    positions = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
+    rows = PairRows(table, Prepared.open(prepared_uri).image_size, positions=positions)
+    return rows, firsts[np.searchsorted(shards, shard_of)] + index - starts[shard_of]
 
 
 @lru_cache(maxsize=16)

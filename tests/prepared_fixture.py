@@ -10,6 +10,7 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.prepared import MANIFEST, MANIFEST_VERSION
 from pipelines.schemas import PREPARED
+from pipelines.shard_file import SUFFIX, shard_bytes
 
 IMAGE_SIZE = 8
 
@@ -50,8 +51,8 @@ def write_prepared(folder: Path, *, shard_rows: tuple[int, ...]) -> str:
     table = prepared_table(sum(shard_rows))
     shards, first = [], 0
     for number, rows in enumerate(shard_rows):
-        path = f"shards/train-{number:05d}.parquet"
-        storage.write_table(storage.join(uri, path), table.slice(first, rows))
+        path = f"shards/train-{number:05d}{SUFFIX}"
+        storage.write_bytes(storage.join(uri, path), shard_bytes(table.slice(first, rows)))
         shards.append({"path": path, "rows": rows})
         first += rows
     manifest = {

@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from models.outputs import NUM_TAGS, PairBatch
-from pipelines.collate import BatchSettings, PairRows, collate
+from pipelines.collate import BatchSettings, collate
 from pipelines.keyed_random import Purpose, keyed_uniform, text_key
+from pipelines.pair_rows import PairRows
 from tests.prepared_fixture import IMAGE_SIZE, prepared_table
 
 TABLE = prepared_table(32)
 ROWS = PairRows(TABLE, IMAGE_SIZE)
 SETTINGS = BatchSettings(seed=1, text="caption", num_views=2, min_crop_area=0.3, num_patches=4, max_tokens=12)
 # Five sentences in every other row.
-REPORTS = PairRows(prepared_table(32, num_sentences=5), IMAGE_SIZE)
+REPORT_TABLE = prepared_table(32, num_sentences=5)
+REPORTS = PairRows(REPORT_TABLE, IMAGE_SIZE)
+SENTENCES = REPORT_TABLE["sentence_tokens"].to_pylist()
+CAPTIONS = REPORT_TABLE["caption_tokens"].to_pylist()
 # Fields whose first axis counts views or texts; pairs are the second.
 SECOND_AXIS = {"view_boxes", "selection_noise", "token_ids", "is_real_token", "is_text"}
 
@@ -123,9 +128,10 @@ def test_sentences_fall_back_to_captions():
 
 def test_one_text_is_the_option_at_the_rows_first_number():
     """The rule of every stored curve: options[int(u * number of options)]."""
-    for text, options in (("caption", ROWS.captions), ("sentence", ROWS.sentences)):
+    taken = ROWS.take(np.arange(32))
+    for text, options in (("caption", taken.captions), ("sentence", taken.sentences)):
         rows = np.array([row for row in range(32) if options[row]])
-        draws = keyed_uniform(ROWS.row_keys[rows], seed=1, epoch=3, purpose=Purpose.TEXT)[:, 0]
+        draws = keyed_uniform(taken.row_keys[rows], seed=1, epoch=3, purpose=Purpose.TEXT)[:, 0]
         expected = [options[row][int(u * len(options[row]))] for row, u in zip(rows, draws, strict=True)]
         batch = batch_of(*rows, epoch=3, settings=replace(SETTINGS, text=text))
         assert texts_of(batch) == expected
@@ -137,7 +143,7 @@ def test_several_texts_are_different_sentences_in_the_reports_order():
     seen = set()
     for epoch in range(60):
         texts = report_of(reports(7, epoch=epoch, num_texts=3), 0)
-        numbers = tuple(REPORTS.sentences[7].index(text) for text in texts)
+        numbers = tuple(SENTENCES[7].index(text) for text in texts)
         assert len(set(numbers)) == 3
         assert list(numbers) == sorted(numbers)
         seen.add(numbers)
@@ -158,22 +164,22 @@ def test_every_sentence_is_as_likely_as_another():
 
 def test_a_report_with_fewer_sentences_gives_all_and_says_which_are_missing():
     batch = reports(7, 6, num_texts=7)
-    assert report_of(batch, 0) == REPORTS.sentences[7]
+    assert report_of(batch, 0) == SENTENCES[7]
     # A row without sentences gives its captions.
-    assert report_of(batch, 1) == REPORTS.captions[6]
+    assert report_of(batch, 1) == CAPTIONS[6]
     assert batch.is_text.sum(0).tolist() == [5, 3]
     assert batch.is_text.tolist() == [[True, True]] * 3 + [[True, False]] * 2 + [[False, False]] * 2
     assert texts_of(batch, 5) == texts_of(batch, 6) == [[1, 2], [1, 2]]
 
 
 def test_joined_sentences_have_one_start_and_one_end():
-    words = [sentence[1:-1] for sentence in REPORTS.sentences[7]]
+    words = [sentence[1:-1] for sentence in SENTENCES[7]]
     batch = reports(7, 6, num_texts=2, sentences_per_text=3)
     assert report_of(batch, 0) == [[1, *words[0], *words[1], *words[2], 2], [1, *words[3], *words[4], 2]]
     # Captions say the same in other words: they are never joined.
     captions = report_of(batch, 1)
     assert len(captions) == 2
-    assert all(caption in REPORTS.captions[6] for caption in captions)
+    assert all(caption in CAPTIONS[6] for caption in captions)
     for epoch in range(20):
         first, second = report_of(reports(7, epoch=epoch, num_texts=2, sentences_per_text=2), 0)
         numbers = [words.index([word]) for text in (first, second) for word in text[1:-1]]
@@ -228,8 +234,9 @@ def test_texts_are_padded_to_the_longest_of_the_batch():
 
 def test_views_are_crops_of_the_wanted_area_and_shape():
     side = 100
-    rows = PairRows(prepared_table(512), IMAGE_SIZE)
-    rows.images = np.zeros((512, side, side, 3), np.uint8)
+    table = prepared_table(512)
+    black = pa.array([bytes(side * side * 3)] * 512, pa.binary())
+    rows = PairRows(table.set_column(table.schema.get_field_index("image"), "image", black), side)
     for min_area in (0.08, 0.3, 0.9):
         settings = replace(SETTINGS, min_crop_area=min_area)
         boxes = collate(rows, np.arange(512), settings, epoch=0).view_boxes.double()

@@ -17,6 +17,7 @@ import pipelines.survey
 from pipelines.config import DataConfig
 from pipelines.prepare import prepare
 from pipelines.prepared import Prepared, image_array, read_manifest
+from pipelines.shard_file import read_shard, shard_bytes
 from pipelines.scenes import DESIGNS, make_scenes
 from pipelines.schemas import PREPARED, QUARANTINE, check_schema
 from pipelines.sources.open_source import open_source
@@ -125,7 +126,7 @@ def test_tokens_are_those_of_the_texts(scenes):
 def test_bytes_do_not_depend_on_workers_or_order(scenes, one_by_one, tmp_path):
     manifest = prepare(SCENES, str(tmp_path / "again"))
     assert manifest == scenes.manifest
-    for file in ["tokenizer.json", "shards/train-00001.parquet", "quarantine.parquet"]:
+    for file in ["tokenizer.json", "shards/train-00001.arrow", "quarantine.parquet"]:
         assert (tmp_path / "again" / file).read_bytes() == Path(scenes.uri, file).read_bytes()
     other = prepare(SCENES.model_copy(update={"seed": 1}), str(tmp_path / "other"))
     assert other["data_sha"] != manifest["data_sha"]
@@ -142,7 +143,7 @@ def test_a_half_written_location_is_done_again(one_by_one, tmp_path):
     uri = str(tmp_path / "prepared")
     first = prepare(config, uri)
     (tmp_path / "prepared" / "manifest.json").unlink()
-    (tmp_path / "prepared" / "shards" / "train-00001.parquet").write_bytes(b"half")
+    (tmp_path / "prepared" / "shards" / "train-00001.arrow").write_bytes(b"half")
     assert read_manifest(uri) is None
     with pytest.raises(ValueError, match="no prepared data at"):
         Prepared.open(uri)
@@ -229,7 +230,7 @@ def test_shards_are_cut_at_their_size_within_one_large_row_group(one_by_one, tmp
     manifest = prepare(config, str(tmp_path / "out"))
     names = [shard["path"] for shard in manifest["splits"]["train"]["shards"]]
     assert [shard["rows"] for shard in manifest["splits"]["train"]["shards"]] == [3, 1, 3, 1, 3]
-    assert names == [f"shards/train-{number:05d}.parquet" for number in range(5)]
+    assert names == [f"shards/train-{number:05d}.arrow" for number in range(5)]
     order = Prepared.open(str(tmp_path / "out")).table("train")["row_id"].to_pylist()
     assert order == [f"row{i}" for i in range(11)]
 
@@ -295,13 +296,15 @@ def test_reader_refuses_what_the_manifest_does_not_describe(one_by_one, tmp_path
     prepare(save_pairs(tmp_path / "pairs.parquet", [{}] * 4), str(uri))
     with pytest.raises(ValueError, match="split must be one of"):
         Prepared.open(str(uri)).table("dev")
-    shard = uri / "shards" / "train-00000.parquet"
-    pq.write_table(pq.read_table(shard).slice(1), shard)
+    shard = uri / "shards" / "train-00000.arrow"
+    rest = shard_bytes(read_shard(str(shard)).slice(1))
+    shard.unlink()
+    shard.write_bytes(rest)
     with pytest.raises(ValueError, match="the manifest says 4 rows, found 3"):
         Prepared.open(str(uri)).table("train")
     manifest = json.loads((uri / "manifest.json").read_text())
     (uri / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
-    with pytest.raises(ValueError, match="schema_version must be 1, found 99"):
+    with pytest.raises(ValueError, match="schema_version must be 2, found 99"):
         Prepared.open(str(uri))
 
 

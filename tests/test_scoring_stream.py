@@ -26,6 +26,7 @@ from pipelines.prepared import MANIFEST, Prepared
 from pipelines.pretrain import build_trainer
 from pipelines.results import Store
 from pipelines.score_shards import image_scores
+from pipelines.shard_file import read_shard, shard_bytes
 from pipelines.stages import prepare_stage
 from pipelines.stages_score import score_stage, scored_place
 from pipelines.weight_board import ScoringError, open_board
@@ -254,9 +255,10 @@ def _shuffled(scored: str, folder: Path) -> str:
         if not name.startswith("shards/"):
             storage.write_bytes(target, storage.read_bytes(storage.join(scored, name)))
             continue
-        table = storage.read_table(storage.join(scored, name))
+        table = read_shard(storage.join(scored, name))
         index = table.column_names.index("token_scores")
         field = table.field(index)
         reverse = [scores[::-1] for scores in table["token_scores"].to_pylist()]
-        storage.write_table(target, table.set_column(index, field, pa.array(reverse, field.type)))
+        reversed_ = table.set_column(index, field, pa.array(reverse, field.type))
+        storage.write_bytes(target, shard_bytes(reversed_))
     return place

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from pipelines import storage
 from pipelines.collate import BatchSettings
 from pipelines.feed import MemoryFeed, load_rows, streams, train_order
 from pipelines.prepared import Prepared
+from pipelines.shard_file import shard_bytes
 from pipelines.stream_feed import StreamFeed
 from tests.prepared_fixture import prepared_table, write_prepared
 
@@ -63,7 +64,7 @@ def test_shards_are_read_one_by_one(uri):
 
 def test_a_shard_that_changed_is_refused(tmp_path):
     uri = write_prepared(tmp_path, shard_rows=(4, 4))
-    storage.write_table(storage.join(uri, "shards/train-00001.parquet"), prepared_table(3))
+    storage.write_bytes(storage.join(uri, "shards/train-00001.arrow"), shard_bytes(prepared_table(3)))
     with pytest.raises(ValueError, match="the manifest says 4 rows, found 3"):
         Prepared.open(uri).shard("train", 1)
 
@@ -115,7 +116,7 @@ def test_streamed_batches_name_the_rows_they_hold(ray_session, uri):
     for step, batch in zip((2, 3), batches, strict=True):
         assert batch.row_index.tolist() == order.rows(step, rank=1, world=2).tolist()
         assert torch.equal(
-            batch.row_keys, torch.from_numpy(load_rows(uri, "train").row_keys)[batch.row_index]
+            batch.row_keys, torch.from_numpy(load_rows(uri, "train").take(batch.row_index.numpy()).row_keys)
         )
 
 
@@ -123,14 +124,18 @@ def test_nothing_to_stream(uri):
     assert list(stream_feed(uri).batches(5, 5)) == []
 
 
-def test_pixels_decide_between_memory_and_streaming(uri, monkeypatch):
-    prepared = Prepared.open(uri)
+def test_pixels_on_a_store_decide_between_memory_and_streaming(uri, monkeypatch):
+    local = Prepared.open(uri)
     num_bytes = sum(SHARD_ROWS) * 8 * 8 * 3
+    on_store = replace(local, uri="s3://bucket/prepared?endpoint_override=localhost:9")
     monkeypatch.setattr("pipelines.feed.MEMORY_LIMIT_BYTES", num_bytes)
-    assert not streams("auto", prepared)
+    assert not streams("auto", on_store)
     monkeypatch.setattr("pipelines.feed.MEMORY_LIMIT_BYTES", num_bytes - 1)
-    assert streams("auto", prepared)
-    assert not streams("memory", prepared)
+    assert streams("auto", on_store)
+    assert not streams("memory", on_store)
+    # Mapped files cost no memory of their own.
+    assert not streams("auto", local)
+    assert streams("stream", local)
 
 
 def test_order_knows_the_shards(uri):
