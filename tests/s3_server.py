@@ -1,7 +1,8 @@
 """A small object store that speaks S3's protocol on loopback, for tests.
 
-`python -m tests.s3_server --database FILE --port PORT --key KEY` serves until it is killed; the objects are
-in the SQLite file, so a server started again on the same file and port goes on where the last one died.
+`python -m tests.s3_server --database FILE --port PORT --key KEY --log FILE` serves until it is killed; the
+objects are in the SQLite file, so a server started again on the same file and port goes on where the last one
+died. Every request it answers is a line of the log.
 It knows what pyarrow asks for: objects with ranges, listings, copies, multipart uploads, batch deletes. The
 access key must be the given one; signatures are not verified.
 """
@@ -38,6 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     database: str
     access_key: str
+    log: str
 
     def handle_request(self) -> None:
         body = self._body()
@@ -212,6 +214,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        with open(self.log, "a") as log:
+            log.write(f"{self.command} {self.path} {self.headers.get('Range', '')}\n")
+
     def log_message(self, format: str, *args: object) -> None:
         return
 
@@ -220,7 +226,8 @@ class S3Server:
     """The server as a process of its own, which can die and come back."""
 
     def __init__(self, folder: Path, *, access_key: str = "tester") -> None:
-        self.database, self.access_key = folder / "s3.sqlite", access_key
+        self.database, self.log = folder / "s3.sqlite", folder / "requests.log"
+        self.access_key = access_key
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
@@ -228,7 +235,7 @@ class S3Server:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tests.s3_server", "--database", str(self.database)]
-        command += ["--port", str(self.port), "--key", self.access_key]
+        command += ["--port", str(self.port), "--key", self.access_key, "--log", str(self.log)]
         self._process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
         for _ in range(200):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
@@ -240,6 +247,12 @@ class S3Server:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def requests(self) -> list[str]:
+        """Method, path with query, and range of every request answered since this was last asked."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.write_text("")
+        return lines
 
     def make_bucket(self, name: str) -> None:
         with contextlib.closing(sqlite3.connect(self.database)) as store, store:
@@ -269,11 +282,12 @@ def main() -> None:
     parser.add_argument("--database", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--key", required=True)
+    parser.add_argument("--log", required=True)
     options = parser.parse_args()
     with contextlib.closing(sqlite3.connect(options.database)) as store, store:
         store.executescript(_SCHEMA)
         store.execute("PRAGMA journal_mode=WAL")
-    _Handler.database, _Handler.access_key = options.database, options.key
+    _Handler.database, _Handler.access_key, _Handler.log = options.database, options.key, options.log
     ThreadingHTTPServer(("127.0.0.1", options.port), _Handler).serve_forever()
 
 

@@ -20,6 +20,8 @@ from pipelines.config_tree import load_config
 from pipelines.contact_sheet import SheetRow, contact_sheet
 from pipelines.data_check import check_source
 from pipelines.data_stages import show_stage, stats_stage
+from pipelines.sources.open_source import KINDS
+from pipelines.stages import prepare_stage
 from tests.pipeline_fixture import small_config
 
 
@@ -148,3 +150,18 @@ def test_boxes_and_removed_patches_are_drawn():
     assert tuple(pictures[2][at["edge"]]) == (220, 38, 38)
     with pytest.raises(ValueError, match="at least one row"):
         contact_sheet([])
+
+
+@pytest.mark.ray
+def test_a_verb_opens_its_source_once(tmp_path, small_prepared, monkeypatch):
+    """On object storage every opening asks for each file."""
+    opened = []
+    opener, example = KINDS["scenes"]
+    monkeypatch.setitem(KINDS, "scenes", (lambda *args: opened.append(args) or opener(*args), example))
+    console, here = Console(quiet=True), f"prepared={Path(small_prepared).parent}"
+    for config in (small_config(tmp_path), small_config(tmp_path, here)):
+        opened.clear()
+        prepare_stage(config, console, dry_run=False)
+        assert len(opened) == 1
+        stats_stage(config, console, as_json=False)
+        assert len(opened) == 2

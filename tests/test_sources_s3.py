@@ -6,7 +6,9 @@ The server is tests/s3_server.py, a process of its own on loopback.
 from __future__ import annotations
 
 import gzip
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,41 @@ def test_a_mixture_lies_on_the_server_too(server, tree):
     storage.write_bytes(server.uri(BUCKET, "mix.yaml"), listed.encode())
     rows = rows_of(data_config(on_server(server, "mixture:{}/mix.yaml")))
     assert [row["source"] for row in rows] == ["pairs"] * 4 + ["tars"] * 8
+
+
+def test_a_file_is_not_asked_for_more_often_than_needed(server):
+    """One listing and one footer for each file; a process that reads pieces reads the footer once more."""
+    names = ["a.parquet", "b.parquet", "deep/c.parquet"]
+    rows = [{"id": str(i), "image": picture(i), "caption": "x", "split": "train"} for i in range(4)]
+    for number, name in enumerate(names):
+        own = [{**row, "id": f"{number}/{row['id']}"} for row in rows]
+        sink = pa.BufferOutputStream()
+        # Two row groups, each a piece.
+        pq.write_table(pa.Table.from_pylist(own), sink, row_group_size=2)
+        upload(sink.getvalue().to_pybytes(), server.uri(BUCKET, "many", name))
+    server.requests()
+    source = open_source(data_config(on_server(server, "parquet:{}/many"), rows_per_shard=2))
+    opening = server.requests()
+    assert sum("list-type=2" in line and "max-keys=1000" in line for line in opening) == 1
+    assert Counter(map(footer_read, opening)) == {None: len(opening) - 3, **dict.fromkeys(names, 1)}
+    # Beside the footers, the splits: one column of each file. The place itself is looked for first.
+    assert len(opening) <= 3 + 2 * len(names)
+    found = [
+        table
+        for with_images in (False, True)
+        for piece in source.pieces()
+        for table in source.read(piece, with_images=with_images)
+    ]
+    assert sum(map(len, found)) == 2 * 12
+    reading = server.requests()
+    assert Counter(map(footer_read, reading)) == {None: len(reading) - 3, **dict.fromkeys(names, 1)}
+    assert not [line for line in opening[1:] + reading if line.startswith("HEAD")]
+
+
+def footer_read(request: str) -> str | None:
+    """The file below `many` whose end a request reads: small files are read whole with their footer."""
+    found = re.fullmatch(r"GET /lab/many/(\S+) bytes=0-\d+", request)
+    return found[1] if found else None
 
 
 def test_a_server_that_dies_while_images_are_read_loses_none(server, tree):

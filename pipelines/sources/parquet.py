@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from pipelines.sources.column_names import PlainColumns, absent_notes
 from pipelines.sources.columns import ColumnMapper
@@ -30,6 +30,8 @@ from pipelines.storage import filesystem
 
 _MADE_ID = "made row id"
 _SAMPLE_ROWS = 8
+# Files whose footers a process keeps: the pieces of a file are read one after the other.
+_KEPT_FOOTERS = 16
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class ParquetSource:
         self._where = dict(settings.where)
         self._image_root = settings.image_root
         with ThreadPoolExecutor(max_workers=THREADS) as pool:
-            self._footers = list(pool.map(_read_footer, files_at(uri, suffixes=(".parquet",))))
+            read = list(pool.map(_read_footer, files_at(uri, suffixes=(".parquet",))))
+        # Fragments know their footers, which are not read again, but do not go to workers.
+        self._footers = [footer for footer, _ in read]
+        fragments = [fragment for _, fragment in read]
         wanted = PlainColumns.of(settings.columns)
         found = {name for footer in self._footers for name in footer.schema.names}
         columns = wanted.found_in(found, needs_text=settings.caption_template is None)
@@ -75,8 +80,8 @@ class ParquetSource:
         self.notes = absent_notes(wanted, columns)
         if any(self._mapper.names_files(footer.schema) for footer in self._footers):
             self.notes.append(NAMED_IMAGES_NOTE)
-        self._check_splits()
-        self._check_images()
+        self._check_splits(fragments)
+        self._check_images(fragments)
 
     @property
     def default_source(self) -> str:
@@ -117,8 +122,7 @@ class ParquetSource:
 
     def _raw(self, footer: _Footer, group: int, *, with_images: bool) -> Iterator[tuple[pa.Table, list[str]]]:
         """Tables of the needed columns that pass the filter, and the ids of their rows where none has one."""
-        fs, path = filesystem(footer.file.uri)
-        fragment = ds.ParquetFileFormat().make_fragment(path, filesystem=fs, row_groups=[group])
+        fragment = _kept_fragment(footer.file).subset(row_group_ids=[group])
         names_files = self._mapper.names_files(footer.schema)
         columns = self._mapper.needed(with_images=with_images or names_files)
         passes = arrow_filter(self._where, footer.schema, where=footer.file.uri)
@@ -163,13 +167,12 @@ class ParquetSource:
     def _files(self, footer: _Footer) -> ImageFiles:
         return ImageFiles(self._image_root or folder_of(footer.file.uri))
 
-    def _check_splits(self) -> None:
+    def _check_splits(self, fragments: list[ds.ParquetFileFragment]) -> None:
         column = self._mapper.columns.split
-        fs, _ = filesystem(self._uri)
-        paths = [filesystem(footer.file.uri)[1] for footer in self._footers]
-        scanner = ds.dataset(paths, filesystem=fs, format="parquet").scanner(
-            columns=[column] if column else [],
-            filter=arrow_filter(self._where, self._footers[0].schema, where=self._uri),
+        schema = self._footers[0].schema
+        dataset = ds.FileSystemDataset(fragments, schema, fragments[0].format, fragments[0].filesystem)
+        scanner = dataset.scanner(
+            columns=[column] if column else [], filter=arrow_filter(self._where, schema, where=self._uri)
         )
         num_rows, found = 0, set()
         for batch in scanner.to_batches():
@@ -180,14 +183,13 @@ class ParquetSource:
             raise ValueError(f"{self._uri}: no row passes data.where={self._where or '{}'}")
         self._mapper.splits.check(found, where=self._uri, column=column or "")
 
-    def _check_images(self) -> None:
+    def _check_images(self, fragments: list[ds.ParquetFileFragment]) -> None:
         """Look for the first images that are named: a wrong folder would set every row aside."""
-        for footer in self._footers:
+        for footer, fragment in zip(self._footers, fragments, strict=True):
             if not self._mapper.names_files(footer.schema):
                 continue
-            fs, path = filesystem(footer.file.uri)
             column = self._mapper.columns.image
-            head = ds.dataset(path, filesystem=fs, format="parquet").head(_SAMPLE_ROWS, columns=[column])
+            head = fragment.head(_SAMPLE_ROWS, columns=[column])
             self._files(footer).check(head[column].to_pylist(), where=footer.file.uri)
             return
 
@@ -205,13 +207,25 @@ def _scan(fragment: ds.Fragment, *, columns: list[str], row_filter: Any, rows: i
     return (pa.Table.from_batches([batch]) for batch in scanner.to_batches())
 
 
-def _read_footer(file: SourceFile) -> _Footer:
-    fs, path = filesystem(file.uri)
+def _read_footer(file: SourceFile) -> tuple[_Footer, ds.ParquetFileFragment]:
     try:
-        footer = pq.read_metadata(path, filesystem=fs)
+        fragment = _fragment(file)
     except DAMAGE as error:
         if of_storage(error):
             raise
         raise ValueError(f"'{file.uri}' is not a readable Parquet file: {error}") from error
-    rows = tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
-    return _Footer(file, footer.schema.to_arrow_schema(), rows)
+    metadata = fragment.metadata
+    rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return _Footer(file, metadata.schema.to_arrow_schema(), rows), fragment
+
+
+def _fragment(file: SourceFile) -> ds.ParquetFileFragment:
+    """A file whose footer is read; that its size is known saves asking for it."""
+    fs, path = filesystem(file.uri)
+    fragment = ds.ParquetFileFormat().make_fragment(path, filesystem=fs, file_size=file.size)
+    fragment.ensure_complete_metadata()
+    return fragment
+
+
+# A file is known by place, size and time: one that was replaced is another.
+_kept_fragment = lru_cache(maxsize=_KEPT_FOOTERS)(_fragment)
