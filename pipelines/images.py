@@ -97,7 +97,8 @@ def resize_square(pixels: np.ndarray, *, size: int) -> np.ndarray:
     # Rows that need no resizing are read without it, and importing it takes longer than reading some hundred.
     import torch
 
-    planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    # Colours stay side by side: as planes the result would have to be turned round once more.
+    planes = torch.from_numpy(np.require(pixels, requirements="W"))[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 

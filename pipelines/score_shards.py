@@ -22,7 +22,7 @@ from models.token_scores import grid_side
 from pipelines.prepared import MANIFEST, Prepared, image_array
 from pipelines.schemas import PREPARED, SCORED, SCORES_VERSION, check_schema
 from pipelines.scoring import ScoringConfig
-from pipelines.shard_file import read_shard, shard_bytes
+from pipelines.shard_file import pack_shard, read_shard
 from pipelines.storage import (
     exists,
     join,
@@ -168,7 +168,7 @@ class _ShardScorer:
                 raise ValueError(f"'{place}': the manifest says {num_rows} rows, found {len(table)}")
             images = image_array(table["image"], size=self._prepared.image_size)
             scores = image_scores(self._scorer, images, precision=self._precision)
-            data = shard_bytes(with_scores(table, scores))
+            data = pack_shard(with_scores(table, scores))
             write_bytes(target, data)
         return hashlib.sha256(data).hexdigest()
 

@@ -7,21 +7,45 @@ for are never read. From an object store the columns asked for are fetched.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipelines.storage import filesystem, is_local
 
 SUFFIX: Final = ".arrow"
 
 
-def shard_bytes(table: pa.Table) -> bytes:
-    """A table as a shard file of one record batch; the same rows give the same bytes."""
-    sink = pa.BufferOutputStream()
+def pack_shard(table: pa.Table) -> pa.Buffer:
+    """A table as the content of a shard file; the same rows give the same bytes."""
+    table = table.combine_chunks()
+    # Measured first: a buffer that grows would copy the pixels again and again.
+    measure = pa.MockOutputStream()
+    _write(table, measure)
+    buffer = pa.allocate_buffer(measure.size())
+    _write(table, pa.FixedSizeBufferWriter(buffer))
+    return buffer
+
+
+def _write(table: pa.Table, sink: pa.NativeFile) -> None:
     with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    return bytes(sink.getvalue().to_pybytes())
+        writer.write_table(table)
+
+
+def image_column(images: Sequence[NDArray[np.uint8]]) -> pa.ChunkedArray:
+    """Pixels of equal size, uint8 [S, S, 3] each, as a binary column."""
+    chunks = []
+    # Offsets of a binary column are 32 bits wide.
+    per_chunk = (2**31 - 1) // images[0].size
+    for first in range(0, len(images), per_chunk):
+        part = np.stack(images[first : first + per_chunk])
+        offsets = np.arange(len(part) + 1, dtype=np.int32) * np.int32(part[0].size)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(part)]
+        chunks.append(pa.Array.from_buffers(pa.binary(), len(part), buffers))
+    return pa.chunked_array(chunks, pa.binary())
 
 
 def read_shard(uri: str, *, columns: list[str] | None = None) -> pa.Table:

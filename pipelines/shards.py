@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipelines.images import RejectedRowError, crop_boxes, decode_square
 from pipelines.schemas import PREPARED, SPLITS, UNKNOWN_LABELS
-from pipelines.shard_file import SUFFIX, shard_bytes
+from pipelines.shard_file import SUFFIX, image_column, pack_shard
 from pipelines.storage import join, write_bytes
 from pipelines.tokenizer import TextTokenizer
 
@@ -95,7 +95,7 @@ class ShardWriter:
         self._next_shard[split] += 1
         leaves_open = any(UNKNOWN_LABELS.name in row for row in rows)
         schema = PREPARED.append(UNKNOWN_LABELS) if leaves_open else PREPARED
-        data = shard_bytes(pa.Table.from_pylist(rows, schema=schema))
+        data = pack_shard(_table(rows, schema))
         # A task that is run again after its worker died writes the same bytes to the same place.
         write_bytes(join(self._settings.output_uri, path), data)
         sha = hashlib.sha256(data).hexdigest()
@@ -115,7 +115,7 @@ class ShardWriter:
 
 
 def check_row(row: dict[str, Any], *, is_repeated: bool, image_size: int) -> dict[str, Any]:
-    """A row of `schemas.PAIRS` as one of `schemas.PREPARED`, still without tokens.
+    """A row of `schemas.PAIRS` as one of `schemas.PREPARED`, still without tokens; `image` is an array.
 
     Raises:
         RejectedRowError: with the first reason that applies, of the source's own (`schemas.PROBLEM`),
@@ -136,7 +136,7 @@ def check_row(row: dict[str, Any], *, is_repeated: bool, image_size: int) -> dic
     image = decode_square(row["image"], size=image_size)
     return {
         **row,
-        "image": image.pixels.tobytes(),
+        "image": image.pixels,
         "captions": captions,
         "sentences": clean_texts(row["sentences"]),
         "boxes": None if row["boxes"] is None else crop_boxes(row["boxes"], image=image),
@@ -146,6 +146,12 @@ def check_row(row: dict[str, Any], *, is_repeated: bool, image_size: int) -> dic
 def clean_texts(texts: list[str]) -> list[str]:
     """Without white space at the ends, empty texts and repeats; in the order given."""
     return [text for text in dict.fromkeys(text.strip() for text in texts) if text]
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    place = schema.get_field_index("image")
+    annotations = pa.Table.from_pylist(rows, schema=schema.remove(place))
+    return annotations.add_column(place, schema.field(place), image_column([row["image"] for row in rows]))
 
 
 def _add_tokens(rows: list[dict[str, Any]], *, tokenizer: TextTokenizer) -> None:

@@ -115,7 +115,7 @@ def read_bytes(uri: str) -> bytes:
         return bytes(stream.read())
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a file whole: a reader sees the old content or the new, never a part.
 
     A local file is written beside its place and renamed; an object store publishes on close.

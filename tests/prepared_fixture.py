@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.prepared import MANIFEST, MANIFEST_VERSION
 from pipelines.schemas import PREPARED
-from pipelines.shard_file import SUFFIX, shard_bytes
+from pipelines.shard_file import SUFFIX, pack_shard
 
 IMAGE_SIZE = 8
 
@@ -52,7 +52,7 @@ def write_prepared(folder: Path, *, shard_rows: tuple[int, ...]) -> str:
     shards, first = [], 0
     for number, rows in enumerate(shard_rows):
         path = f"shards/train-{number:05d}{SUFFIX}"
-        storage.write_bytes(storage.join(uri, path), shard_bytes(table.slice(first, rows)))
+        storage.write_bytes(storage.join(uri, path), pack_shard(table.slice(first, rows)))
         shards.append({"path": path, "rows": rows})
         first += rows
     manifest = {

@@ -17,9 +17,9 @@ import pipelines.survey
 from pipelines.config import DataConfig
 from pipelines.prepare import prepare
 from pipelines.prepared import Prepared, image_array, read_manifest
-from pipelines.shard_file import read_shard, shard_bytes
 from pipelines.scenes import DESIGNS, make_scenes
 from pipelines.schemas import PREPARED, QUARANTINE, check_schema
+from pipelines.shard_file import pack_shard, read_shard
 from pipelines.sources.open_source import open_source
 from pipelines.storage import AlreadyExistsError
 
@@ -297,7 +297,7 @@ def test_reader_refuses_what_the_manifest_does_not_describe(one_by_one, tmp_path
     with pytest.raises(ValueError, match="split must be one of"):
         Prepared.open(str(uri)).table("dev")
     shard = uri / "shards" / "train-00000.arrow"
-    rest = shard_bytes(read_shard(str(shard)).slice(1))
+    rest = pack_shard(read_shard(str(shard)).slice(1))
     shard.unlink()
     shard.write_bytes(rest)
     with pytest.raises(ValueError, match="the manifest says 4 rows, found 3"):

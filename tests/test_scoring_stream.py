@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -26,7 +27,7 @@ from pipelines.prepared import MANIFEST, Prepared
 from pipelines.pretrain import build_trainer
 from pipelines.results import Store
 from pipelines.score_shards import image_scores
-from pipelines.shard_file import read_shard, shard_bytes
+from pipelines.shard_file import pack_shard, read_shard
 from pipelines.stages import prepare_stage
 from pipelines.stages_score import score_stage, scored_place
 from pipelines.weight_board import ScoringError, open_board
@@ -95,10 +96,6 @@ def test_lockstep_equals_sync_bit_for_bit(tmp_path: Path, small_prepared: str, s
     assert_equals_sync(*run_of(tmp_path, small_prepared, "lockstep", *LOCKSTEP), sync_run)
 
 
-@pytest.mark.skipif(
-    "CLIPFLEET_KILL_TESTS" not in os.environ,
-    reason="on a crowded machine Ray may take minutes to replace a killed actor; set CLIPFLEET_KILL_TESTS=1",
-)
 def test_a_killed_scorer_loses_nothing(
     tmp_path: Path, small_prepared: str, sync_run: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -124,6 +121,17 @@ def assert_equals_sync(config: Config, lines: list[dict[str, Any]], sync_run: An
         ours, theirs = weights[0][part], weights[1][part]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_scorer_that_finds_no_place_is_an_error_and_not_a_wait(
+    tmp_path: Path, small_prepared: str, monkeypatch: pytest.MonkeyPatch
+):
+    context = ray.data.DataContext.get_current()
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 4)
+    # Both batches may be built at once: nothing but the scorer is waited for.
+    overrides = ("train.steps=2", "scoring.node_labels.role=nowhere", "scoring.timeout_s=2")
+    with pytest.raises(ScoringError, match=r"step 0 does not come, .* no node has room for a scorer"):
+        run_of(tmp_path, small_prepared, "nowhere", *LOCKSTEP, *overrides)
 
 
 def test_late_weights_are_counted_and_change_the_run(tmp_path: Path, small_prepared: str, sync_run: Any):
@@ -163,8 +171,6 @@ def test_a_board_gives_what_was_published_last_and_lets_no_one_wait_for_ever(ray
 
 
 def test_a_board_that_is_gone_is_an_error_and_not_a_wait(ray_session: None):
-    import ray
-
     board = open_board("run", SingleProcess(), timeout_s=5)
     ray.kill(board.actor)
     with pytest.raises(ScoringError, match="the weight board is gone"):
@@ -260,5 +266,5 @@ def _shuffled(scored: str, folder: Path) -> str:
         field = table.field(index)
         reverse = [scores[::-1] for scores in table["token_scores"].to_pylist()]
         reversed_ = table.set_column(index, field, pa.array(reverse, field.type))
-        storage.write_bytes(target, shard_bytes(reversed_))
+        storage.write_bytes(target, pack_shard(reversed_))
     return place

@@ -17,7 +17,7 @@ from pipelines import shard_file, storage
 from pipelines.collate import BatchSettings, collate
 from pipelines.pair_rows import PairRows
 from pipelines.schemas import PREPARED
-from pipelines.shard_file import read_shard, shard_bytes
+from pipelines.shard_file import pack_shard, read_shard
 from pipelines.wire import pack, unpack
 from tests.prepared_fixture import IMAGE_SIZE, prepared_table
 
@@ -26,7 +26,7 @@ TABLE = prepared_table(12)
 
 def saved(folder, table: pa.Table = TABLE) -> str:
     uri = str(folder / "shard.arrow")
-    storage.write_bytes(uri, shard_bytes(table))
+    storage.write_bytes(uri, pack_shard(table))
     return uri
 
 
@@ -41,8 +41,8 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 def test_bytes_depend_on_rows_alone():
     parts = pa.concat_tables([TABLE.slice(0, 5), TABLE.slice(5)])
-    assert shard_bytes(parts) == shard_bytes(TABLE)
-    assert shard_bytes(TABLE.slice(0, 11)) != shard_bytes(TABLE)
+    assert pack_shard(parts) == pack_shard(TABLE)
+    assert pack_shard(TABLE.slice(0, 11)) != pack_shard(TABLE)
 
 
 def test_a_local_shard_is_mapped_and_not_read(tmp_path):

@@ -14,7 +14,7 @@ from pipelines import storage
 from pipelines.collate import BatchSettings
 from pipelines.feed import MemoryFeed, load_rows, streams, train_order
 from pipelines.prepared import Prepared
-from pipelines.shard_file import shard_bytes
+from pipelines.shard_file import pack_shard
 from pipelines.stream_feed import StreamFeed
 from tests.prepared_fixture import prepared_table, write_prepared
 
@@ -64,7 +64,7 @@ def test_shards_are_read_one_by_one(uri):
 
 def test_a_shard_that_changed_is_refused(tmp_path):
     uri = write_prepared(tmp_path, shard_rows=(4, 4))
-    storage.write_bytes(storage.join(uri, "shards/train-00001.arrow"), shard_bytes(prepared_table(3)))
+    storage.write_bytes(storage.join(uri, "shards/train-00001.arrow"), pack_shard(prepared_table(3)))
     with pytest.raises(ValueError, match="the manifest says 4 rows, found 3"):
         Prepared.open(uri).shard("train", 1)
 
