@@ -14,6 +14,10 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "120")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of tests/s3_server.py. Ray's processes must be started with them; without the last one a client on no cloud
+# machine asks the network for its role.
+os.environ |= {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "secret"}
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 import pytest
 import torch
