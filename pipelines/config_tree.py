@@ -22,7 +22,7 @@ from pipelines.sources.source_spec import absolute_places
 from pipelines.storage import absolute
 
 # Paths whose keys are the user's own.
-_OPEN_PATHS = {"data.where", "data.split_names", "sweep.space", "method.extra_tables"}
+_OPEN_PATHS = {"data.where", "data.split_names", "scoring.node_labels", "sweep.space", "method.extra_tables"}
 # A given mapping replaces the default one instead of being mixed with it.
 _REPLACED_PATHS = {"data.where"}
 

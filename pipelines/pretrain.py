@@ -25,6 +25,7 @@ from pipelines.evaluate import publish_evaluation, selection_value
 from pipelines.feed import Feed, MemoryFeed, load_rows, streams, train_order
 from pipelines.fine_tuning import describe_run, start_trainer, write_start
 from pipelines.job import Job, identity, note_failure, start_record
+from pipelines.object_store import StoreGauge
 from pipelines.order import StepOrder
 from pipelines.port import Port
 from pipelines.prepared import Prepared
@@ -144,6 +145,7 @@ class _Run:
         """The batches still to be trained on; closing it ends whatever feeds them."""
         scores_elsewhere = self.config.scoring.mode == "stream"
         feed, lead = self.scored_feed() if scores_elsewhere else (self.feed(), None)
+        store = None if self.record is None or isinstance(feed, MemoryFeed) else StoreGauge()
         first, end = self.trainer.step, self.config.train.steps
         with contextlib.ExitStack() as stack:
             if lead is not None:
@@ -155,6 +157,7 @@ class _Run:
                 started = time.perf_counter()
                 batch = next(found)
                 self.trainer.meter.add_wait(time.perf_counter() - started)
+                self.trainer.meter.add_store(store.look() if store is not None else None)
                 yield batch
 
     def scored_feed(self) -> tuple[ScoredFeed, Lead]:

@@ -88,6 +88,13 @@ class ScoredFeed:
             raise ScoringError(
                 f"the stream of scored batches broke before step {expected}: {error}"
             ) from error
+        except ray.data.exceptions.ExecutionTimeoutError as error:
+            raise ScoringError(
+                f"the batch of step {expected} does not come, nothing moves in the stream of scored batches. "
+                "Either no node has room for a scorer (scoring.cpus_per_actor, gpus_per_actor, node_labels) "
+                "or for a task that builds batches; or the trainer took none for too long, then raise "
+                f"scoring.timeout_s={self.settings.policy.scoring.timeout_s:g}"
+            ) from error
         assert expected == stop, f"the stream ended before step {expected} of {stop}"
 
     def _dataset(self, start: int, stop: int) -> ray.data.Dataset:

@@ -1,4 +1,4 @@
-"""What steps cost beside the optimiser's work: waiting for batches, old scores, busy scorers."""
+"""What steps cost beside the optimiser's work: waiting for batches, memory, old scores, busy scorers."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class StepMeter:
         """Rows that were built and not yet taken when a batch was asked for."""
         self._in_flight = max(self._in_flight, rows)
 
+    def add_store(self, mib: float | None) -> None:
+        """Object store memory that is in use, None when nobody looked."""
+        if mib is not None:
+            self._store_mib = max(self._store_mib or 0.0, mib)
+
     def add_overlap(self, iou: float) -> None:
         """Intersection over union of the kept sets with those of the trainer's own teacher, on one batch."""
         self._iou = iou
@@ -69,6 +74,8 @@ class StepMeter:
                 "scoring/fallback_share": self._fallbacks / rows,
                 "scoring/fallback_rows": float(self._fallbacks),
             }
+        if self._store_mib is not None:
+            found["feed/object_store_mib"] = self._store_mib
         if self._iou is not None:
             found["scoring/iou_with_sync"] = self._iou
         ages = dict(sorted(self._ages.items()))
@@ -80,4 +87,5 @@ class StepMeter:
         self._waited_s = self._published_s = self._step_s = self._busy_s = 0.0
         self._actors = self._fallbacks = self._in_flight = 0
         self._ages: Counter[int] = Counter()
+        self._store_mib: float | None = None
         self._iou: float | None = None

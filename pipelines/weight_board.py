@@ -54,9 +54,11 @@ class _Board:
 
     async def ask(self, rank: int, step: int, until: int) -> int:
         """A worker asks for its batch of `step`; returns how many it has in flight from there on."""
+        # Before this call lets more be built, which would count or not as the tasks happen to be quick.
+        in_flight = max(0, self._built[rank] - step)
         self._until[rank] = until
         await self._tell()
-        return max(0, self._built[rank] - step)
+        return in_flight
 
     async def wait_for_room(self, rank: int, step: int, timeout_s: float) -> bool:
         """Wait until the batch of a step may be built; False when that takes too long."""

@@ -18,6 +18,7 @@ COLUMNS: Final = {
     "utilisation": ("scoring/utilisation", "mean"),
     "waiting": ("feed/wait_share", "mean"),
     "in_flight": ("feed/rows_in_flight", "max"),
+    "store": ("feed/object_store_mib", "max"),
 }
 
 
