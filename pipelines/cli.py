@@ -294,20 +294,25 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        _say(str(error))
+        _say(_with_advice(str(error)))
         raise typer.Exit(2) from error
     except OSError as error:
         if "AWS Error" not in str(error):
             raise
-        _say(f"{error}{_S3_ADVICE}")
+        _say(_with_advice(str(error)))
         raise typer.Exit(2) from error
 
 
 # A denied request has no body to read a reason from.
 _S3_ADVICE = (
-    " Check the bucket's name and region, the endpoint_override of the URI, and AWS_ACCESS_KEY_ID and "
+    "Check the bucket's name and region, the endpoint_override of the URI, and AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY (or the instance's role); anonymous=true reads public data"
 )
+
+
+def _with_advice(message: str) -> str:
+    """What storage says, and what to look at."""
+    return f"{message.rstrip(' .')}. {_S3_ADVICE}" if "AWS Error" in message else message
 
 
 def _say(message: str) -> None:

@@ -6,6 +6,7 @@ The server is tests/s3_server.py, a process of its own on loopback.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,12 +119,23 @@ def test_a_run_on_the_server_survives_its_death(server: S3Server, tmp_path: Path
     assert ours == theirs
 
 
-def test_wrong_keys_are_one_clear_line(server: S3Server, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_keys_are_one_clear_line(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "stranger")
+    root, here = server.uri(BUCKET, "runs"), f"prepared={tmp_path}"
+    verbs = {
+        "results": [root],
+        "report": [root],
+        "evaluate": [root],
+        "prepare of a source there": ["--source", f"parquet:{server.uri(BUCKET, 'pairs')}", here],
+        "prepare to there": [f"prepared={root}"],
+        "pretrain": ["--output", root, here],
+        "sweep": ["--output", root, here],
+    }
+    for verb, arguments in verbs.items():
+        storage._s3.cache_clear()
+        done = CliRunner().invoke(app, [verb.split()[0], *arguments])
+        assert done.exit_code == 2, (verb, done.exception)
+        assert re.search("AWS Error (INVALID_ACCESS_KEY_ID|ACCESS_DENIED) during", done.stderr), verb
+        assert "AWS_SECRET_ACCESS_KEY" in done.stderr, verb
+        assert done.stderr.count("\n") == 1, verb
     storage._s3.cache_clear()
-    done = CliRunner().invoke(app, ["results", server.uri(BUCKET, "runs")])
-    storage._s3.cache_clear()
-    assert done.exit_code == 2
-    assert "INVALID_ACCESS_KEY_ID" in done.stderr
-    assert "AWS_SECRET_ACCESS_KEY" in done.stderr
-    assert done.stderr.count("\n") == 1
