@@ -150,6 +150,10 @@ class TrainConfig(Settings):
     # "memory" maps local shards into each worker (from an object store: fetches and holds them); "stream"
     # reads shards through Ray Data; "auto" streams more than 2 GiB of pixels from an object store.
     feed: Literal["auto", "memory", "stream"] = "auto"
+    # Folder on the machines' own disks where a feed that streams from an object store keeps shards, so that
+    # they are fetched once and not every epoch; null: nowhere. And how large it may grow on each machine.
+    shard_cache: str | None = None
+    shard_cache_gib: float = Field(64.0, gt=0)
     # Methods with prototypes: actors that embed the training split between epochs when the feed streams,
     # and the share of a GPU each takes beside the workers'. They take no CPU, for the workers wait; at a
     # share of 0 workers with GPUs embed on these themselves.

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.schemas import PREPARED, SCORED, SCORES_VERSION, UNKNOWN_LABELS, check_schema
+from pipelines.shard_cache import ShardCache
 from pipelines.shard_file import read_shard
-from pipelines.storage import exists, join, read_bytes, read_json
+from pipelines.storage import exists, is_local, join, read_bytes, read_json
 from pipelines.tokenizer import TextTokenizer
 
 MANIFEST: Final = "manifest.json"
@@ -90,13 +91,20 @@ class Prepared:
         tables = [self._shard(shard, schema=schema, extra=extra) for shard in self._split(split)["shards"]]
         return pa.concat_tables(tables, promote_options="default") if tables else schema.empty_table()
 
-    def shard(self, split: str, number: int) -> pa.Table:
+    def shard(self, split: str, number: int, *, cache: ShardCache | None = None) -> pa.Table:
         """Rows of one shard in `schema`; `number` is its place in the manifest's list.
+
+        Args:
+            cache: where a shard of an object store is kept on this machine.
 
         Raises:
             ValueError: the split is unknown, or the shard does not hold what the manifest says.
         """
-        return self._shard(self._split(split)["shards"][number], schema=self.schema)
+        shard = self._split(split)["shards"][number]
+        place = join(self.uri, shard["path"])
+        if cache is not None and not is_local(place):
+            place = cache.local_copy(place, sha256=shard["sha256"]) or place
+        return self._shard(shard, schema=self.schema, place=place)
 
     def images(self, split: str) -> np.ndarray:
         """Pixels of a split, uint8 [N, S, S, 3]; read-only (a view into Arrow memory for a single shard)."""
@@ -114,9 +122,16 @@ class Prepared:
         found: dict[str, Any] = splits[split]
         return found
 
-    def _shard(self, shard: dict[str, Any], *, schema: pa.Schema, extra: Sequence[pa.Field] = ()) -> pa.Table:
-        """A shard in `schema`, with those extra columns that it has."""
-        place = join(self.uri, shard["path"])
+    def _shard(
+        self,
+        shard: dict[str, Any],
+        *,
+        schema: pa.Schema,
+        extra: Sequence[pa.Field] = (),
+        place: str | None = None,
+    ) -> pa.Table:
+        """A shard in `schema`, with those extra columns that it has; read from a copy at `place` if given."""
+        place = place or join(self.uri, shard["path"])
         table = read_shard(place, columns=[*schema.names, *(field.name for field in extra)])
         for field in extra:
             schema = schema.append(field) if field.name in table.column_names else schema

@@ -32,6 +32,7 @@ from pipelines.prepared import Prepared
 from pipelines.prototype_step import embedder, refresh_prototypes
 from pipelines.run_record import RunRecord
 from pipelines.score_tokens import Lead, ScoredFeed, score_stream
+from pipelines.shard_cache import ShardCache
 from pipelines.stream_feed import StreamFeed
 from pipelines.train_step import NonFiniteLossError, TextSpec, Trainer
 
@@ -162,22 +163,29 @@ class _Run:
 
     def scored_feed(self) -> tuple[ScoredFeed, Lead]:
         """Batches whose patches are scored on the way, and what lets them come."""
-        feed = StreamFeed(
+        return score_stream(self.trainer, self.stream_feed(), run_id=self.job.run_id)
+
+    def feed(self) -> Feed:
+        """The training batches of this worker."""
+        if streams(self.config.train.feed, self.prepared):
+            return self.stream_feed()
+        rows, settings = load_rows(self.job.prepared, "train"), self._batch_settings()
+        return MemoryFeed(rows, self.order, settings, rank=self.port.rank, world=self.port.world)
+
+    def stream_feed(self) -> StreamFeed:
+        """The training batches of this worker, built by tasks of Ray Data."""
+        train = self.config.train
+        cache = None
+        if train.shard_cache is not None:
+            cache = ShardCache(train.shard_cache, int(train.shard_cache_gib * 2**30))
+        return StreamFeed(
             self.job.prepared,
             self.order,
             self._batch_settings(),
             rank=self.port.rank,
             world=self.port.world,
+            cache=cache,
         )
-        return score_stream(self.trainer, feed, run_id=self.job.run_id)
-
-    def feed(self) -> Feed:
-        """The training batches of this worker."""
-        order, place, settings = self.order, self.job.prepared, self._batch_settings()
-        rank, world = self.port.rank, self.port.world
-        if streams(self.config.train.feed, self.prepared):
-            return StreamFeed(place, order, settings, rank=rank, world=world)
-        return MemoryFeed(load_rows(place, "train"), order, settings, rank=rank, world=world)
 
     def step(self, batch: PairBatch) -> None:
         """One optimiser step and whatever is due before and after it."""

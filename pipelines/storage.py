@@ -7,6 +7,7 @@ or the instance role only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
 import uuid
@@ -127,9 +128,15 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
             stream.write(data)
         return
     partial = f"{path}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
-    with fs.open_output_stream(partial) as stream:
-        stream.write(data)
-    fs.move(partial, path)
+    try:
+        with fs.open_output_stream(partial) as stream:
+            stream.write(data)
+        fs.move(partial, path)
+    except OSError:
+        # A full disk is not to be filled with what could not be finished.
+        with contextlib.suppress(OSError):
+            fs.delete_file(partial)
+        raise
 
 
 def publish_bytes(uri: str, data: bytes) -> None:

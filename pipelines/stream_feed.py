@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from models.outputs import PairBatch
 from pipelines.collate import BatchSettings, collate
-from pipelines.order import StepOrder
+from pipelines.order import SHARDS_PER_SLICE, StepOrder
 from pipelines.pair_rows import PairRows
 from pipelines.prepared import Prepared
+from pipelines.shard_cache import ShardCache
 from pipelines.wire import pack, unpack
 
 # Steps one task builds: enough to pay for reading its shards, few enough to start early.
@@ -41,6 +42,7 @@ class StreamFeed:
     Attributes:
         max_tasks: that build batches at the same time.
         gate: None builds as far ahead as Ray Data's own limits allow.
+        cache: keeps shards of an object store on the disks of the machines that read them.
     """
 
     prepared_uri: str
@@ -50,6 +52,7 @@ class StreamFeed:
     world: int = 1
     max_tasks: int = 2
     gate: Gate | None = None
+    cache: ShardCache | None = None
 
     def batches(self, start: int, stop: int) -> Iterator[PairBatch]:
         if start < stop:
@@ -82,25 +85,29 @@ def _build_batches(span: dict[str, NDArray[Any]], feed: StreamFeed) -> Iterator[
             if feed.gate is not None:
                 feed.gate.wait(step)
             index, epochs = feed.order.batch(step, rank=feed.rank, world=feed.world)
-            rows, local = _read_rows(feed.prepared_uri, feed.order.shard_rows, index)
+            rows, local = _read_rows(feed, index)
             batch = collate(rows, local, feed.settings, epoch=epochs)
             yield pa.table({"step": pa.array([step]), "batch": pack(batch)})
 
 
-def _read_rows(
-    prepared_uri: str, shard_rows: tuple[int, ...], index: NDArray[np.int64]
-) -> tuple[PairRows, NDArray[np.int64]]:
+def _read_rows(feed: StreamFeed, index: NDArray[np.int64]) -> tuple[PairRows, NDArray[np.int64]]:
     """The shards that hold the rows at `index`, and where in them those rows are."""
+    shard_rows = feed.order.shard_rows
     starts = np.concatenate([[0], np.cumsum(shard_rows)])
     shard_of = np.searchsorted(starts, index, side="right") - 1
     shards = np.unique(shard_of)
     firsts = np.concatenate([[0], np.cumsum([shard_rows[shard] for shard in shards])])
-    table = pa.concat_tables([_shard(prepared_uri, int(shard)) for shard in shards])
+    table = pa.concat_tables([_shard(feed.prepared_uri, int(shard), feed.cache) for shard in shards])
     positions = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
-    rows = PairRows(table, Prepared.open(prepared_uri).image_size, positions=positions)
+    rows = PairRows(table, _open(feed.prepared_uri).image_size, positions=positions)
     return rows, firsts[np.searchsorted(shards, shard_of)] + index - starts[shard_of]
 
 
-@lru_cache(maxsize=16)
-def _shard(prepared_uri: str, shard: int) -> pa.Table:
-    return Prepared.open(prepared_uri).shard("train", shard)
+@lru_cache(maxsize=SHARDS_PER_SLICE)
+def _shard(prepared_uri: str, shard: int, cache: ShardCache | None) -> pa.Table:
+    return _open(prepared_uri).shard("train", shard, cache=cache)
+
+
+@lru_cache(maxsize=2)
+def _open(prepared_uri: str) -> Prepared:
+    return Prepared.open(prepared_uri)

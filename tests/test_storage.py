@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -132,3 +133,17 @@ def test_folders_are_deleted_with_all_below(tmp_path):
     storage.write_bytes(str(tmp_path / "d"), b"")
     storage.delete_folder(str(tmp_path / "a"))
     assert storage.list_files(str(tmp_path)) == ["d"]
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    """A file size limit stands in for the full disk."""
+    storage.write_bytes(str(tmp_path / "kept.bin"), b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            storage.write_bytes(str(tmp_path / "kept.bin"), bytes(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.bin"]
+    assert storage.read_bytes(str(tmp_path / "kept.bin")) == b"old"
