@@ -35,7 +35,7 @@ pytestmark = pytest.mark.ray
 SETTINGS = BatchSettings(
     seed=3, text="sentence", num_views=1, min_crop_area=0.5, num_patches=4, max_tokens=8, num_texts=1
 )
-NUM_STEPS = 64
+NUM_STEPS = 48
 QUIET_S, LONGEST_WAIT_S = 1.0, 120.0
 
 
