@@ -6,6 +6,7 @@ the parts of different workers come from different shards and little is read twi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import ray
+import ray.data.exceptions
 from numpy.typing import NDArray
 
 from models.outputs import PairBatch
@@ -55,9 +57,24 @@ class StreamFeed:
     cache: ShardCache | None = None
 
     def batches(self, start: int, stop: int) -> Iterator[PairBatch]:
-        if start < stop:
-            for table in self.dataset(start, stop).iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield from map(unpack, table["batch"])
+        """See `Feed`.
+
+        Raises:
+            ExecutionTimeoutError: nothing moved for Ray Data's `execution_no_progress_timeout_s` while a
+                batch was waited for.
+        """
+        expected = start
+        while expected < stop:
+            dataset, asked = self.dataset(expected, stop), time.monotonic()
+            try:
+                for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                    for batch in table["batch"]:
+                        yield unpack(batch)
+                        expected, asked = expected + 1, time.monotonic()
+            except ray.data.exceptions.ExecutionTimeoutError:
+                # A full queue behind a trainer that evaluates for long does not move either.
+                if time.monotonic() - asked >= dataset.context.execution_no_progress_timeout_s:
+                    raise
 
     def dataset(self, start: int, stop: int) -> ray.data.Dataset:
         """One row per step, in order: its number and the packed batch. There must be a step."""

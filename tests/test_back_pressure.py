@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import ray
 from ray.data import DataContext, ExecutionResources
+from ray.data.exceptions import ExecutionTimeoutError
 
 from models.outputs import PairBatch
 from pipelines.collate import BatchSettings
@@ -110,6 +111,51 @@ def test_a_slow_trainer_holds_back_the_tasks_that_build_its_batches(
     assert max(ahead) <= room + 2
     # It went on as batches were taken, to the last.
     assert len(ahead) == tally.count() == NUM_STEPS
+
+
+@dataclass(frozen=True)
+class StuckGate:
+    """Lets one step wait for longer than anybody should."""
+
+    step: int
+    seconds: float
+
+    def wait(self, step: int) -> None:
+        if step == self.step:
+            time.sleep(self.seconds)
+
+
+def test_a_trainer_may_pause_for_as_long_as_it_likes(
+    small_prepared: str, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A full queue does not move, and Ray Data takes that for a stream that hangs."""
+    context = DataContext.get_current()
+    # Longer than a busy machine may take to start a task.
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 8)
+    limits = ExecutionResources.for_limits(object_store_memory=8 * batch_bytes)
+    monkeypatch.setattr(context.execution_options, "resource_limits", limits)
+    started: list[int] = []
+    plain = StreamFeed.dataset
+    monkeypatch.setattr(
+        StreamFeed,
+        "dataset",
+        lambda feed, start, stop: started.append(start) or plain(feed, start, stop),
+    )
+    order = train_order(Prepared.open(small_prepared), batch_size=96, seed=7)
+    feed = StreamFeed(small_prepared, order, SETTINGS)
+    stream = feed.batches(0, NUM_STEPS)
+    found = [next(stream)]
+    time.sleep(12)
+    found += stream
+    assert [batch.row_index.tolist() for batch in found] == [
+        order.rows(step).tolist() for step in range(NUM_STEPS)
+    ]
+    # It had to be started again, behind what had been given out.
+    assert len(started) == 2
+    assert 0 < started[1] < NUM_STEPS
+    stuck = replace(feed, gate=StuckGate(step=4, seconds=12)).batches(0, 8)
+    with pytest.raises(ExecutionTimeoutError):
+        list(stuck)
 
 
 def test_without_a_limit_everything_is_built_ahead(tmp_path: Path, small_prepared: str, batch_bytes: int):
