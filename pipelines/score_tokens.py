@@ -117,6 +117,10 @@ class ScoredFeed:
             num_gpus=scoring.gpus_per_actor,
             label_selector=scoring.node_labels or None,
         )
+        if scoring.max_staleness is not None:
+            # The pool grows at so many calls in flight for each actor: here there is never more than the one,
+            # and Ray's own bound is 1.75.
+            dataset.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         dataset.context.target_max_block_size = _ONE_BATCH_PER_BLOCK
         dataset.context.execution_no_progress_timeout_s = max(
             dataset.context.execution_no_progress_timeout_s, 2 * scoring.timeout_s
