@@ -6,7 +6,9 @@ worker's memory, `StreamFeed` (pipelines/stream_feed.py) lets Ray Data tasks rea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Protocol
 
@@ -40,9 +42,20 @@ class MemoryFeed:
         self._rank, self._world = rank, world
 
     def batches(self, start: int, stop: int) -> Iterator[PairBatch]:
-        for step in range(start, stop):
-            index, epochs = self._order.batch(step, rank=self._rank, world=self._world)
-            yield collate(self._rows, index, self._settings, epoch=epochs)
+        """See `Feed`; a thread builds the next batch while the one at hand is trained on."""
+        # Closing what this gives waits for the thread.
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
+            begun: deque[Future[PairBatch]] = deque()
+            for step in range(start, stop):
+                begun.append(thread.submit(self._batch, step))
+                if len(begun) > 1:
+                    yield begun.popleft().result()
+            if begun:
+                yield begun.popleft().result()
+
+    def _batch(self, step: int) -> PairBatch:
+        index, epochs = self._order.batch(step, rank=self._rank, world=self._world)
+        return collate(self._rows, index, self._settings, epoch=epochs)
 
 
 @lru_cache(maxsize=2)

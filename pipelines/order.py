@@ -9,9 +9,9 @@ k is a jump to batch k.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,23 +114,15 @@ class StepOrder:
 
 
 # The last epochs asked for: a batch can need two, and two data sets may be in use at once.
-_CACHE: OrderedDict[tuple[StepOrder, int], NDArray[np.int64]] = OrderedDict()
-_CACHED_EPOCHS = 4
-
-
+@lru_cache(maxsize=4)
 def _epoch(order: StepOrder, epoch: int) -> NDArray[np.int64]:
     """The rows of an epoch in the order they are visited."""
-    key = (order, epoch)
-    if key not in _CACHE:
-        found = _permuted(order, epoch)
-        end_of_last = epoch * order.epoch_rows % order.batch_size
-        if end_of_last and order.epoch_rows >= _BATCHES_TO_MOVE_ROWS * order.batch_size:
-            before = _permuted(order, epoch - 1)[-end_of_last:]
-            _keep_apart(found, before, order.batch_size - end_of_last)
-        _CACHE[key] = found
-        while len(_CACHE) > _CACHED_EPOCHS:
-            _CACHE.popitem(last=False)
-    return _CACHE[key]
+    found = _permuted(order, epoch)
+    end_of_last = epoch * order.epoch_rows % order.batch_size
+    if end_of_last and order.epoch_rows >= _BATCHES_TO_MOVE_ROWS * order.batch_size:
+        before = _permuted(order, epoch - 1)[-end_of_last:]
+        _keep_apart(found, before, order.batch_size - end_of_last)
+    return found
 
 
 def _slices(order: StepOrder, generator: np.random.Generator) -> list[NDArray[np.int64]]:
