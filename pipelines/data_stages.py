@@ -52,7 +52,7 @@ def _report_table(report: DataReport) -> Table:
         f"{report.num_repeated_images} images, {report.num_repeated_captions} captions",
     )
     table.add_row(
-        "pixels once prepared", f"{report.memory_gb:.2f} GiB, held by each worker that does not stream"
+        "pixels once prepared", f"{report.memory_gb:.2f} GiB on disk; local shards are mapped, not held"
     )
     table.add_row("preparing", f"about {report.prepare_minutes:.1f} CPU minutes")
     return table

@@ -76,7 +76,7 @@ class WorkerEmbed:
     """Each worker embeds a contiguous share of the rows on its own device.
 
     Attributes:
-        holds_split: the pixels of the split stay in memory, as in `MemoryFeed`; otherwise shards are read
+        holds_split: the split stays mapped or in memory, as in `MemoryFeed`; otherwise shards are read
             one by one.
     """
 
