@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 _CELL, _TEXT_LINES, _LINE_HEIGHT, _MARGIN = 192, 4, 14, 8
 _CHARS_PER_LINE = 32
 _BOX_COLOUR, _TEXT_COLOUR, _PAPER = (220, 38, 38), (17, 24, 39), (255, 255, 255)
-# A removed patch keeps this share of its brightness.
-_DIMMED = 0.25
+# A removed patch is mostly veiled, so that it can be told from a dark one.
+_VEIL, _VEIL_SHARE = (120, 130, 150), 0.7
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SheetRow:
     Attributes:
         pixels: uint8 [S, S, 3].
         caption: written below.
-        title: above the caption, short.
+        title: above the caption; cut to a line.
         boxes: dictionaries with label, x, y, w, h relative to the square image.
         is_kept: False at patches a token selection removes, bool [grid, grid]; None draws all.
     """
@@ -58,7 +58,8 @@ def contact_sheet(rows: Sequence[SheetRow], *, num_columns: int = 6) -> bytes:
         top = _MARGIN + number // columns * (height + _MARGIN)
         sheet.paste(_picture(row), (left, top))
         text = top + _CELL + 3
-        draw.text((left, text), row.title, fill=_BOX_COLOUR, font=font)
+        title = textwrap.shorten(row.title, _CHARS_PER_LINE, placeholder=" …")
+        draw.text((left, text), title, fill=_BOX_COLOUR, font=font)
         for line, words in enumerate(textwrap.wrap(row.caption, _CHARS_PER_LINE)[:_TEXT_LINES]):
             draw.text((left, text + (line + 1) * _LINE_HEIGHT), words, fill=_TEXT_COLOUR, font=font)
     buffer = io.BytesIO()
@@ -72,7 +73,8 @@ def _picture(row: SheetRow) -> Image.Image:
         side = pixels.shape[0]
         patch = np.arange(side) * len(row.is_kept) // side
         kept = row.is_kept[patch][:, patch]
-        pixels = np.where(kept[:, :, None], pixels, (pixels * _DIMMED).astype(np.uint8))
+        veiled = pixels * (1 - _VEIL_SHARE) + np.array(_VEIL) * _VEIL_SHARE
+        pixels = np.where(kept[:, :, None], pixels, veiled.astype(np.uint8))
     # Single pixels of small images are to be seen as such.
     way = Image.Resampling.NEAREST if pixels.shape[0] < _CELL else Image.Resampling.LANCZOS
     picture = Image.fromarray(pixels).resize((_CELL, _CELL), way)

@@ -121,7 +121,7 @@ def show_stage(
         SheetRow(
             pixels=images[number],
             caption=row["captions"][0],
-            title=row["class_name"] or ", ".join(row["labels"][:2]) or row["row_id"][-28:],
+            title=row["class_name"] or ", ".join(row["labels"]) or row["row_id"],
             boxes=row["boxes"] or (),
             is_kept=kept[number],
         )

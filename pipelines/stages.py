@@ -32,6 +32,8 @@ def prepare_stage(config: Config, console: Console, *, dry_run: bool) -> str:
     if config.scoring.mode == "offline":
         place = scored_place(config)
         console.print(f"data: {config.data.source}, with scores -> {place}", highlight=False, soft_wrap=True)
+        if not dry_run:
+            connect(address=config.ray_address)
         return place
     source = open_source(config.data)
     place = prepared_place(config, source)

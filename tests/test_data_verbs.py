@@ -145,7 +145,11 @@ def test_boxes_and_removed_patches_are_drawn():
     )
     pictures = [np.asarray(Image.open(io.BytesIO(contact_sheet([row])))) for row in (plain, kept, boxed)]
     at = {"kept": (8 + 48, 8 + 48), "removed": (8 + 48, 8 + 144), "edge": (8 + 96, 8 + 120)}
-    assert [int(pictures[1][at[key]][0]) for key in ("kept", "removed")] == [200, 50]
+    # A veil, not a shade: a removed patch of a black image is seen too.
+    assert [int(pictures[1][at[key]][0]) for key in ("kept", "removed")] == [200, 144]
+    black = SheetRow(np.zeros((8, 8, 3), np.uint8), "", "t" * 99, is_kept=np.eye(2, dtype=bool))
+    dark = np.asarray(Image.open(io.BytesIO(contact_sheet([black]))))
+    assert [int(dark[at[key]][0]) for key in ("kept", "removed")] == [0, 84]
     assert int(pictures[0][at["removed"]][0]) == 200
     assert tuple(pictures[2][at["edge"]]) == (220, 38, 38)
     with pytest.raises(ValueError, match="at least one row"):

@@ -224,13 +224,19 @@ def test_scoring_continues_where_it_was_killed(sync_run: Any, small_prepared: st
 
 
 def test_offline_runs_keep_what_the_scores_say(
-    tmp_path: Path, small_prepared: str, sync_run: Any, scored: str
+    tmp_path: Path, small_prepared: str, sync_run: Any, scored: str, monkeypatch: pytest.MonkeyPatch
 ):
     offline = ("scoring.mode=offline", f"scoring.scored_data={scored}", "train.steps=4")
     overrides = (*offline, "method=attentive", "method.selection.warmup_share=0")
     config = small_config(tmp_path, *RUN[1:], *overrides)
     # The configuration's own data settings decide whether the scores belong to it.
+    connected: list[Any] = []
+    monkeypatch.setattr("pipelines.cluster.connect", lambda **settings: connected.append(settings))
     assert scored_place(config) == prepare_stage(config, QUIET, dry_run=True) == scored
+    assert connected == []
+    # Whoever trains next expects Ray to be there.
+    assert prepare_stage(config, QUIET, dry_run=False) == scored
+    assert connected == [{"address": None}]
     losses_of = {}
     for name, changed in {"scored": scored, "shuffled": _shuffled(scored, tmp_path / "shuffled")}.items():
         run_here(small_job(config, changed, name))
