@@ -133,7 +133,7 @@ def test_a_trainer_may_pause_for_as_long_as_it_likes(
     """A full queue does not move, and Ray Data takes that for a stream that hangs."""
     context = DataContext.get_current()
     # Longer than a busy machine may take to start a task.
-    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 8)
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 20)
     limits = ExecutionResources.for_limits(object_store_memory=8 * batch_bytes)
     monkeypatch.setattr(context.execution_options, "resource_limits", limits)
     started: list[int] = []
@@ -147,7 +147,7 @@ def test_a_trainer_may_pause_for_as_long_as_it_likes(
     feed = StreamFeed(small_prepared, order, SETTINGS)
     with closing(feed.batches(0, NUM_STEPS)) as stream:
         found = [next(stream)]
-        time.sleep(12)
+        time.sleep(26)
         found += stream
     assert [batch.row_index.tolist() for batch in found] == [
         order.rows(step).tolist() for step in range(NUM_STEPS)
@@ -155,7 +155,7 @@ def test_a_trainer_may_pause_for_as_long_as_it_likes(
     # It had to be started again, behind what had been given out.
     assert len(started) == 2
     assert 0 < started[1] < NUM_STEPS
-    stuck = replace(feed, gate=StuckGate(step=4, seconds=12)).batches(0, 8)
+    stuck = replace(feed, gate=StuckGate(step=4, seconds=26)).batches(0, 8)
     with pytest.raises(ExecutionTimeoutError):
         list(stuck)
 

@@ -17,7 +17,7 @@ from tests.pipeline_fixture import small_config, small_job
 
 pytestmark = pytest.mark.ray
 
-GIVEN_UP_AFTER_S = 90
+GIVEN_UP_AFTER_S = 240
 
 
 class SlowScorer(TokenScorer):
