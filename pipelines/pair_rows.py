@@ -55,7 +55,6 @@ class PairRows:
             positions: of the rows in their split, int64; None when the table is the whole split.
         """
         self.image_size = image_size
-        self._num_rows = len(table)
         self._positions = positions
         scores = [_SCORES] if _SCORES in table.column_names else []
         # One record batch per shard: `take` on a whole table would first join its chunks.
@@ -67,7 +66,7 @@ class PairRows:
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)])
 
     def __len__(self) -> int:
-        return self._num_rows
+        return int(self._starts[-1])
 
     def take(self, index: NDArray[np.int64]) -> TakenRows:
         """The rows at `index`, in any order."""

@@ -93,3 +93,12 @@ def written(config: DataConfig, folder: Path) -> PieceReport:
     for table in source.read(source.pieces()[0]):
         writer.add(table.to_pylist(), duplicates=frozenset())
     return writer.close()
+
+
+def write_tars(folder: Path) -> Path:
+    """Three tars as img2dataset writes them, and what lies beside them there."""
+    for shard in range(3):
+        write_tar(folder / f"{shard:05d}.tar", samples(range(10 * shard, 10 * shard + 4)))
+        (folder / f"{shard:05d}_stats.json").write_text("{}")
+        (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+    return folder

@@ -10,18 +10,21 @@ import pytest
 
 from pipelines.sources.open_source import open_source
 from pipelines.sources.tar_members import Damage, Member, tar_members
-from tests.source_fixtures import data_config, picture, problems_of, rows_of, samples, write_tar, written
+from tests.source_fixtures import (
+    data_config,
+    picture,
+    problems_of,
+    rows_of,
+    samples,
+    write_tar,
+    write_tars,
+    written,
+)
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three tars as img2dataset writes them, and what lies beside them there."""
-    folder = tmp_path / "cc"
-    for shard in range(3):
-        write_tar(folder / f"{shard:05d}.tar", samples(range(10 * shard, 10 * shard + 4)))
-        (folder / f"{shard:05d}_stats.json").write_text("{}")
-        (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1")
-    return folder
+    return write_tars(tmp_path / "cc")
 
 
 def test_a_tar_cut_off_anywhere_keeps_what_came_before(tmp_path):
